@@ -1,0 +1,182 @@
+"""Saving a run on all ranks and taking it up again, through DeepSpeed's files inside our own directory."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastmim import manifest as manifests
+from fastmim.config import Config
+from fastmim.ema import EMA
+from fastmim.errors import CheckpointError
+from fastmim.ranks import Ranks
+
+WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
+_TAG = "deepspeed"
+
+# What may change between a run and its continuation: where things lie, how often it tells and saves, and how
+# fast it computes the same mathematics. Everything else is refused.
+FREE_KEYS = (
+    "output",
+    "log",
+    "checkpoint",
+    "data.source",
+    "data.threads",
+    "data.prefetch",
+    "data.max_bad_fraction",
+    "data.max_pixels",
+    "data.max_file_bytes",
+    "train.attention",
+    "train.compile",
+    "train.activation_checkpointing",
+    "train.max_skipped_in_a_row",
+    "train.max_steps",
+    "train.profile",
+    "train.peak_tflops",
+    "deepspeed",
+)
+
+
+def save(
+    engine: DeepSpeedEngine,
+    ranks: Ranks,
+    config: Config,
+    step: int,
+    state: dict[str, Any],
+    ema: EMA | None = None,
+) -> Path:
+    """Write the checkpoint of `step`; all ranks call it. Killed at any moment, it leaves the previous one whole.
+
+    Args:
+        engine: of the run.
+        ranks: of the run.
+        config: of the run; stored, and compared when the run is taken up again.
+        step: optimiser steps done; all that a resume needs of data, crops and masks.
+        state: what else to store; JSON.
+        ema: averaged weights to store too.
+    """
+    run = Path(config.output)
+    folder = manifests.unfinished_path(run, step)
+    ranks.run_on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+    save_weights(engine, ranks, folder / WEIGHTS, config)
+    if ema is not None:
+        with ema.swapped():
+            save_weights(engine, ranks, folder / EMA_WEIGHTS, config)
+    ranks.barrier()
+    names = manifests.list_files(folder)
+    shares = ranks.gather(manifests.describe(folder, names[ranks.rank :: ranks.world_size]))
+    content = {
+        "format": 1,
+        "step": step,
+        "world_size": ranks.world_size,
+        "zero_stage": config.zero_stage,
+        "config": config.model_dump(mode="json"),
+        "state": state,
+        "versions": {name: importlib.metadata.version(name) for name in ("fastmim", "torch", "deepspeed")},
+        "files": {name: facts for share in shares for name, facts in sorted(share.items())},
+    }
+    ranks.run_on_first(lambda: manifests.publish(run, step, content, config.checkpoint.keep))
+    return manifests.checkpoint_path(run, step)
+
+
+def load(engine: DeepSpeedEngine, checkpoint: Path, ema: EMA | None = None) -> None:
+    """Restore weights and optimiser from a verified checkpoint; all ranks call it.
+
+    Raises:
+        CheckpointError: DeepSpeed found nothing to load.
+    """
+    found, _ = engine.load_checkpoint(str(checkpoint), tag=_TAG, load_lr_scheduler_states=False)
+    if found is None:
+        raise CheckpointError(f"{checkpoint}: DeepSpeed loaded nothing from {_TAG}/")
+    if ema is not None:
+        averages = load_file(checkpoint / EMA_WEIGHTS)
+        with ema.swapped():
+            for name, parameter in engine.module.named_parameters():
+                _set_full_parameter(engine, parameter, averages[name].to(parameter.device))
+
+
+def check_same_run(manifest: dict[str, Any], config: Config, ranks: Ranks, fingerprint: str) -> None:
+    """Refuse to continue a run as another one.
+
+    Raises:
+        CheckpointError: names each key that differs, the stored and the given value.
+    """
+    stored, given = _flatten(manifest["config"]), _flatten(config.model_dump(mode="json"))
+    differing = [
+        f"{key}={given.get(key)!r} (the checkpoint has {stored.get(key)!r})"
+        for key in sorted(stored.keys() | given.keys())
+        if not key.startswith(FREE_KEYS) and stored.get(key) != given.get(key)
+    ]
+    if manifest["state"]["fingerprint"] != fingerprint:
+        differing.append(
+            f"data.source={config.data.source!r} holds other images (fingerprint {fingerprint[:12]}, "
+            f"the checkpoint has {manifest['state']['fingerprint'][:12]})"
+        )
+    for key, value in (("world_size", ranks.world_size), ("zero_stage", config.zero_stage)):
+        if manifest[key] != value:
+            differing.append(f"{key.replace('_', ' ')} {value} (the checkpoint has {manifest[key]})")
+    if differing:
+        raise CheckpointError(
+            f"cannot continue {config.output}: {'; '.join(differing)}. "
+            "Restore these, or start another run with another output"
+        )
+
+
+def save_weights(engine: DeepSpeedEngine, ranks: Ranks, path: Path, config: Config) -> None:
+    """Write the whole float32 weights as safetensors from rank 0; all ranks call it."""
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        full = full_parameter(engine, parameter)
+        if ranks.first:
+            weights[name] = full.detach().float().cpu().contiguous()
+    if ranks.first:
+        metadata = {"format": "pt", "objective": config.objective.name}
+        save_file(weights, path, metadata=metadata)
+
+
+def full_parameter(engine: DeepSpeedEngine, parameter: Tensor) -> Tensor:
+    """The whole float32 value of a parameter that ZeRO may have sharded; all ranks call it."""
+    full = safe_get_full_fp32_param(parameter)
+    return _own_master(engine, parameter) if full is None else full
+
+
+def _set_full_parameter(engine: DeepSpeedEngine, parameter: Tensor, value: Tensor) -> None:
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        with torch.no_grad():
+            _own_master(engine, parameter).copy_(value)
+
+
+def _own_master(engine: DeepSpeedEngine, parameter: Tensor) -> Tensor:
+    """Without ZeRO: the float32 copy that a 16-bit optimiser keeps, or the parameter itself."""
+    masters = getattr(engine.optimizer, "fp32_groups", None)
+    if masters is None:
+        return parameter
+    pairs = zip(engine.optimizer.fp16_groups, masters, strict=True)
+    return next(m for low, high in pairs for p, m in zip(low, high, strict=True) if p is parameter)
+
+
+def master_tensors(engine: DeepSpeedEngine) -> list[Tensor]:
+    """This rank's float32 masters: shards under ZeRO, whole parameters without."""
+    optimizer = engine.optimizer
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        if hasattr(optimizer, name):
+            return list(getattr(optimizer, name))
+    if hasattr(optimizer, "fp32_groups"):
+        return [master for group in optimizer.fp32_groups for master in group]
+    return list(engine.module.parameters())
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        flat |= _flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat

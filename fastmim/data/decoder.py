@@ -1,0 +1,176 @@
+"""From rows of a plan to images: what DALI is fed, how its runs start, and how their results are handed over."""
+
+import mmap
+from collections import OrderedDict, deque
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali.pipeline import Pipeline
+from torch import Tensor
+
+from fastmim.config import DataConfig
+from fastmim.data.index import Index
+from fastmim.data.pipeline import image_pipeline
+from fastmim.data.schedule import Plan
+from fastmim.errors import DataError
+
+_OPEN_SHARDS = 256
+
+# What DALI raises for an image or a file that it cannot read.
+DECODE_ERRORS = (RuntimeError, ValueError, IndexError, OSError)
+
+
+class SampleReader:
+    """Turns the rows of a plan into the pipeline's inputs, without reading or copying an image.
+
+    A folder's image is its path, which DALI's threads open; a shard's and an .npy array's are views of a memory
+    map, which DALI's threads page in.
+    """
+
+    def __init__(self, index: Index):
+        self.index = index
+        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
+        if index.kind == "npy":
+            array = np.asarray(np.load(index.root, mmap_mode="r"))  # views of a plain array are cheaper
+            self._array = array[..., None] if array.ndim == 3 else array
+
+    def inputs(self, plan: Plan) -> dict[str, Any]:
+        """What to feed by input name. Keep it until the run that it feeds has been collected."""
+        inputs: dict[str, Any] = {
+            "source": [self._source(sample) for sample in plan.sample.tolist()],
+            "start": np.stack([plan.top, plan.left], axis=1).astype(np.int32),
+            "shape": np.stack([plan.height, plan.width], axis=1).astype(np.int32),
+            "flip": plan.flip.astype(np.int32),
+        }
+        if plan.color is not None:
+            for column, name in enumerate(("brightness", "contrast", "saturation")):
+                inputs[name] = np.ascontiguousarray(plan.color[:, column])
+            inputs["hue"] = plan.color[:, 3] * 360  # DALI takes degrees
+        return inputs
+
+    def _source(self, sample: int) -> np.ndarray:
+        index = self.index
+        if index.kind == "folder":
+            return np.frombuffer(index.path(sample), np.uint8)
+        if index.kind == "npy":
+            return self._array[sample]
+        offset = int(index.offsets[sample])
+        return self._shard(int(index.shard_ids[sample]))[offset : offset + int(index.sizes[sample])]
+
+    def _shard(self, shard: int) -> np.ndarray:
+        """The bytes of a shard. Views outlive their map's place in this cache."""
+        if shard in self._maps:
+            self._maps.move_to_end(shard)
+            return self._maps[shard]
+        path = self.index.shard_path(shard)
+        try:
+            with open(path, "rb") as file:
+                data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read ({error})") from error
+        self._maps[shard] = data
+        if len(self._maps) > _OPEN_SHARDS:
+            self._maps.popitem(last=False)
+        return data
+
+
+class Decoder:
+    """Runs of one pipeline. After an error it is of no use: DALI's pipelines do not survive one.
+
+    Args:
+        index: the images.
+        config: how they become tensors.
+        device: where they are decoded.
+        batch_size: most images in one run.
+        threads: CPU threads of DALI.
+        prefetch: runs to start before the first result is asked for, and to keep started.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        config: DataConfig,
+        device: torch.device,
+        *,
+        batch_size: int,
+        threads: int,
+        prefetch: int = 1,
+    ):
+        self._device = device
+        self._reader = SampleReader(index)
+        self._prefetch, self._started = prefetch, 0
+        self._fed: deque[dict[str, Any]] = deque()
+        self._pipeline: Pipeline | None = image_pipeline(
+            index,
+            config,
+            batch_size=batch_size,
+            threads=threads,
+            prefetch=prefetch,
+            device_id=device.index if device.type == "cuda" else None,
+        )
+
+    def start(self, plan: Plan) -> None:
+        """Start one run."""
+        inputs = self._reader.inputs(plan)
+        for name, value in inputs.items():
+            self._pipeline.feed_input(name, value)
+        self._fed.append(inputs)
+        self._started += 1
+        # DALI's first schedule_run takes `prefetch` batches at once; each later one takes one.
+        if self._started >= self._prefetch:
+            self._pipeline.schedule_run()
+
+    def result(self) -> Tensor:
+        """The oldest run's images, uint8 [B, H, W, C], without a copy: the tensor owns DALI's buffer.
+
+        On the GPU the buffer is bound to the current stream: work queued there comes after the decoding, and
+        the memory is reused only after that work.
+
+        Raises:
+            one of DECODE_ERRORS: when an image of this run, or of one started after it, cannot be decoded.
+        """
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        (images,) = self._pipeline.share_outputs(cuda_stream=stream)
+        tensor = torch.from_dlpack(images.as_tensor())
+        self._pipeline.release_outputs()
+        self._fed.popleft()
+        return tensor
+
+    def close(self) -> None:
+        """Free the pipeline, and only then the inputs that its threads may still be reading."""
+        self._pipeline = None
+        self._fed.clear()
+
+    def __del__(self):
+        self.close()
+
+
+class Probe:
+    """Decodes images one at a time, to find which one of a batch is bad.
+
+    Args:
+        index, config, device: as for `Decoder`.
+    """
+
+    def __init__(self, index: Index, config: DataConfig, device: torch.device):
+        self._arguments = index, config, device
+        self._decoder: Decoder | None = None
+
+    def why_not(self, plan: Plan) -> str | None:
+        """Why the one image of `plan` cannot be decoded; None when it can."""
+        self._decoder = self._decoder or Decoder(*self._arguments, batch_size=1, threads=1)
+        try:
+            self._decoder.start(plan)
+            self._decoder.result()
+        except DECODE_ERRORS as error:
+            self._decoder.close()
+            self._decoder = None
+            return _cause(str(error))
+        return None
+
+
+def _cause(message: str) -> str:
+    """The telling line of DALI's message, which comes after a traceback of the pipeline's definition."""
+    lines = [line.strip() for line in message.partition("encountered:")[2].splitlines() if line.strip()]
+    return lines[0] if lines else message.strip()

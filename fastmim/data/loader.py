@@ -1,0 +1,252 @@
+"""Endless micro-batches of uint8 images for one rank, decoded ahead by DALI's own threads."""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmim.config import DataConfig
+from fastmim.data.decoder import DECODE_ERRORS, Decoder, Probe
+from fastmim.data.index import Index
+from fastmim.data.schedule import Plan, Schedule
+from fastmim.errors import DataError, TrainingAborted
+
+_MAX_ATTEMPTS = 64
+_LOAD_BATCH = 64
+_PLANNED_TOGETHER = 2048
+
+logger = logging.getLogger("fastmim")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch."""
+
+    images: Tensor
+    """uint8 [B, H, W, C], on the training device. On the GPU it belongs to the stream that was current."""
+    epochs: Tensor
+    """int64 [B], on the device."""
+    positions: Tensor
+    """int64 [B], position in its epoch, on the device."""
+    samples: np.ndarray
+    """int64 [B], row in the index of the image really used."""
+
+
+class Loader:
+    """Micro-batches of one rank, a pure function of (seed, step).
+
+    The global batch of step s is the stream's positions [s G, (s + 1) G), with G = micro_batch x accumulation x
+    world_size; micro-step a of rank r takes micro_batch of them from s G + (a world_size + r) micro_batch. So
+    any number of ranks with the same G sees the same images.
+
+    An image that cannot be decoded is named in the log and replaced by a substitute that depends on its place in
+    the stream alone; the other images of its batch stay as they are.
+
+    Args:
+        index: the images.
+        config: how they become tensors.
+        seed: 64-bit key of the order, the crops and the flips.
+        micro_batch: images in a batch.
+        accumulation: micro-steps in a step.
+        rank, world_size: which part of every step is this process's.
+        device: where the images are needed; CUDA decodes there.
+        start_step: first step.
+        threads: CPU threads of DALI; `config.threads`, or this machine's cores over its ranks, unless given.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        config: DataConfig,
+        *,
+        seed: int,
+        micro_batch: int,
+        accumulation: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        start_step: int = 0,
+        threads: int | None = None,
+    ):
+        self.index, self.config = index, config
+        self.schedule = Schedule(index.heights, index.widths, seed, config)
+        self.samples_per_epoch = self.schedule.samples_per_epoch
+        self.bad: dict[int, str] = {}
+        """Why each image that could not be decoded on this rank could not."""
+        self._micro_batch = micro_batch
+        self._rank, self._world_size = rank, world_size
+        self._device = exact_device(device)
+        self._plans = self._plan_ahead(start_step * accumulation)
+        self._threads = threads or config.threads or default_threads()
+        self._probe = Probe(index, config, self._device)
+        self._ahead: deque[Plan] = deque()
+        self._decoder: Decoder | None = self._make_decoder()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self._decoder is not None:
+            while len(self._ahead) < self.config.prefetch:
+                self._start(self._without_bad(next(self._plans), self.bad))
+            yield self._collect()
+
+    def close(self) -> None:
+        """Stop decoding and free the pipeline."""
+        self._ahead.clear()
+        if self._decoder is not None:
+            self._decoder.close()
+            self._decoder = None
+
+    def _plan_ahead(self, micro_step: int) -> Iterator[Plan]:
+        """This rank's micro-batches. Several are planned at once, which costs little more than one."""
+        size = self._micro_batch
+        steps = max(1, _PLANNED_TOGETHER // size)
+        while True:
+            first = (np.arange(micro_step, micro_step + steps) * self._world_size + self._rank) * size
+            plan = self.schedule.plan((first[:, None] + np.arange(size)).ravel())
+            for start in range(0, steps * size, size):
+                yield plan.take(slice(start, start + size))
+            micro_step += steps
+
+    def _make_decoder(self) -> Decoder:
+        return Decoder(
+            self.index,
+            self.config,
+            self._device,
+            batch_size=self._micro_batch,
+            threads=min(self._threads, self._micro_batch),
+            prefetch=self.config.prefetch,
+        )
+
+    def _start(self, plan: Plan) -> None:
+        self._decoder.start(plan)
+        self._ahead.append(plan)
+
+    def _collect(self) -> Batch:
+        try:
+            images = self._decoder.result()
+        except DECODE_ERRORS as error:
+            self._recover(error)
+            return self._collect()
+        plan = self._ahead.popleft()
+        return Batch(
+            images,
+            torch.from_numpy(plan.epoch).to(self._device),
+            torch.from_numpy(plan.position).to(self._device),
+            plan.sample,
+        )
+
+    def _recover(self, error: Exception) -> None:
+        """Find the bad images of what is under way, and start it again without them.
+
+        Raises:
+            TrainingAborted: when too many images are bad.
+            Exception: `error`, when every image decodes on its own.
+        """
+        self._decoder.close()
+        plans = list(self._ahead)
+        known = len(self.bad)
+        for row, plan in enumerate(plans):
+            plans[row] = self._without_bad(plan, plan.sample)
+            if len(self.bad) > known or plans[row] is not plan:
+                break
+        else:
+            raise error
+        self._ahead.clear()
+        self._decoder = self._make_decoder()
+        for plan in plans:
+            self._start(self._without_bad(plan, self.bad))
+
+    def _without_bad(self, plan: Plan, suspects: Collection[int]) -> Plan:
+        """`plan`, with a substitute for each of `suspects` that cannot be decoded.
+
+        A suspect is tried each time: a truncated file may hold one window and not another, and which image is
+        used must not depend on what this process has seen before.
+        """
+        if not len(suspects):
+            return plan
+        for row in np.flatnonzero(np.isin(plan.sample, list(suspects))).tolist():
+            one, attempt = plan.take([row]), 0
+            while reason := self._probe.why_not(one):
+                sample = int(one.sample[0])
+                self._note_bad(sample, reason)
+                if attempt == _MAX_ATTEMPTS:
+                    raise TrainingAborted(
+                        f"no substitute for image {sample} decodes, in {attempt} attempts; last "
+                        f"{self.index.name(sample)}: {reason}"
+                    )
+                substitute = self.schedule.substitute(one.epoch, one.position, attempt)
+                one, attempt = self.schedule.plan_of(one.epoch, one.position, substitute), attempt + 1
+            if attempt:
+                plan = plan.replace(row, one)
+        return plan
+
+    def _note_bad(self, sample: int, reason: str) -> None:
+        if sample in self.bad:
+            return
+        self.bad[sample] = reason
+        logger.warning(
+            "image %s cannot be decoded (%s); a substitute takes its place", self.index.name(sample), reason
+        )
+        allowed = max(1, int(self.config.max_bad_fraction * len(self.index)))
+        if len(self.bad) > allowed or len(self.bad) == len(self.index):
+            shown = [f"  {self.index.name(i)}: {why}" for i, why in self.bad.items()]
+            more = [f"  and {len(shown) - 20} more"] if len(shown) > 20 else []
+            raise TrainingAborted(
+                f"{len(self.bad)} of {len(self.index)} images cannot be decoded; expected at most {allowed} "
+                f"(data.max_bad_fraction={self.config.max_bad_fraction:g})\n" + "\n".join(shown[:20] + more)
+            )
+
+
+def load_images(index: Index, config: DataConfig, n: int) -> Tensor:
+    """The first n images of an index, centre-cropped and neither flipped nor coloured.
+
+    Args:
+        index: the images.
+        config: image_size and channels are read.
+        n: how many; all where the index holds fewer.
+
+    Returns:
+        uint8 [n, H, W, C], on the CPU.
+
+    Raises:
+        DataError: when one cannot be decoded.
+    """
+    config = config.model_copy(update={"crop": "center_crop", "flip": 0.0, "color_jitter": None})
+    schedule = Schedule(index.heights, index.widths, 0, config)
+    rows = np.arange(min(n, len(index)), dtype=np.int64)
+    device = torch.device("cpu")
+    size = min(len(rows), _LOAD_BATCH)
+    decoder = Decoder(index, config, device, batch_size=size, threads=min(default_threads(), size))
+    images = []
+    for first in range(0, len(rows), size):
+        batch = rows[first : first + size]
+        plan = schedule.plan_of(np.zeros_like(batch), batch, batch)
+        try:
+            decoder.start(plan)
+            images.append(decoder.result())
+        except DECODE_ERRORS as error:
+            probe = Probe(index, config, device)
+            for row, sample in enumerate(batch.tolist()):
+                if reason := probe.why_not(plan.take([row])):
+                    raise DataError(f"{index.name(sample)} cannot be decoded ({reason})") from error
+            raise
+    decoder.close()
+    return torch.cat(images)
+
+
+def default_threads() -> int:
+    """This process's cores over the ranks of this machine, which launchers set in LOCAL_WORLD_SIZE."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """`device` with its number, where it is CUDA and has none."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -1,0 +1,104 @@
+"""The DALI pipeline: one definition for CPU and GPU, one external input a source, no random operator.
+
+Crop windows come from the index, so only the window is decoded; every output is a function of its row of the
+plan alone.
+"""
+
+from typing import Any
+
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline
+
+from fastmim.config import DataConfig
+from fastmim.data.index import Index
+
+_PIXELS = {1: types.GRAY, 3: types.RGB}
+
+
+def image_pipeline(
+    index: Index,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    threads: int,
+    prefetch: int,
+    device_id: int | None,
+) -> Pipeline:
+    """Decode, resize, flip and colour windows of images to uint8 [B, H, W, C].
+
+    Args:
+        index: what the samples are.
+        config: image_size, channels and color_jitter are read.
+        batch_size: most images in one run.
+        threads: CPU threads of DALI.
+        prefetch: runs that may be under way at once.
+        device_id: the CUDA device that decodes; None is the CPU.
+
+    Returns:
+        A built pipeline whose inputs `decoder.SampleReader.inputs` makes.
+    """
+    pipeline = Pipeline(
+        batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=prefetch
+    )
+    with pipeline:
+        # The reader keeps what it feeds alive until the run is collected, so DALI need not copy it.
+        source = fn.external_source(
+            name="source",
+            dtype=types.UINT8,
+            ndim=3 if index.kind == "npy" else 1,
+            layout="HWC" if index.kind == "npy" else None,
+            no_copy=True,
+        )
+        start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
+        shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
+        window = {"start": start, "shape": shape, "axes": (0, 1)}
+        if index.kind == "npy":
+            images = fn.slice(source, **window)
+            images = _move(images, device_id)
+        else:
+            encoded = fn.io.file.read(source) if index.kind == "folder" else source
+            images = fn.decoders.image_slice(
+                encoded,
+                device="cpu" if device_id is None else "mixed",
+                output_type=_PIXELS.get(config.channels, types.ANY_DATA),
+                # The GPU's decoder else repeats chroma where the CPU's interpolates.
+                jpeg_fancy_upsampling=True,
+                **window,
+            )
+        stored = npy_channels(index)
+        if stored and stored != config.channels:
+            images = fn.color_space_conversion(
+                images, image_type=_PIXELS[stored], output_type=_PIXELS[config.channels]
+            )
+        images = fn.resize(
+            images, size=list(config.image_size), interp_type=types.INTERP_CUBIC, antialias=True
+        )
+        images = fn.flip(images, horizontal=fn.external_source(name="flip", dtype=types.INT32, ndim=0))
+        if config.color_jitter is not None:
+            images = _color(images, config.channels)
+        pipeline.set_outputs(images)
+    pipeline.build()
+    return pipeline
+
+
+def _move(images: Any, device_id: int | None) -> Any:
+    return images if device_id is None else images.gpu()
+
+
+def _color(images: Any, channels: int) -> Any:
+    """Brightness, contrast around mid-grey, saturation and hue: torchvision's ranges, in one pass."""
+    factors = [
+        fn.external_source(name=name, dtype=types.FLOAT, ndim=0)
+        for name in ("brightness", "contrast", "saturation", "hue")
+    ]
+    if channels == 1:
+        return fn.brightness_contrast(images, brightness=factors[0], contrast=factors[1])
+    names = ("brightness", "contrast", "saturation", "hue")
+    return fn.color_twist(images, **dict(zip(names, factors, strict=True)))
+
+
+def npy_channels(index: Index) -> int | None:
+    """Channels of an .npy source; None for files, which DALI converts as it decodes."""
+    if index.kind != "npy":
+        return None
+    return int(index.sizes[0]) // (int(index.heights[0]) * int(index.widths[0]))

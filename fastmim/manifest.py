@@ -1,0 +1,159 @@
+"""Checkpoint directories that are whole or absent: written aside, listed with their hashes, then renamed.
+
+RUN/checkpoints/step-000001200/   manifest.json, model.safetensors, deepspeed/...
+RUN/latest                        the name of the newest one
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fastmim.errors import CheckpointError
+
+logger = logging.getLogger("fastmim")
+
+MANIFEST = "manifest.json"
+_UNFINISHED = ".unfinished-"
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lives."""
+    return run / "checkpoints" / f"step-{step:09d}"
+
+
+def unfinished_path(run: Path, step: int) -> Path:
+    """Where it is written before it is whole."""
+    return run / "checkpoints" / f"{_UNFINISHED}step-{step:09d}"
+
+
+def list_files(folder: Path) -> list[str]:
+    """Every file below a folder, as sorted relative paths; the manifest itself is left out."""
+    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in paths if path != MANIFEST)
+
+
+def describe(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file, flushed to the disk on the way."""
+    described = {}
+    for name in names:
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+            described[name] = {
+                "bytes": os.fstat(file.fileno()).st_size,
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
+    return described
+
+
+def publish(run: Path, step: int, manifest: dict[str, Any], keep: int) -> Path:
+    """Make a written checkpoint the newest: manifest, flush, rename, pointer; then drop all but `keep`."""
+    written, path = unfinished_path(run, step), checkpoint_path(run, step)
+    write_durably(written / MANIFEST, json.dumps(manifest, indent=1))
+    for folder in [written, *(entry for entry in written.rglob("*") if entry.is_dir())]:
+        _flush_folder(folder)
+    if path.exists():
+        shutil.rmtree(path)
+    written.rename(path)
+    _flush_folder(path.parent)
+    write_durably(run / "latest", path.name + "\n")
+    for old in list_checkpoints(run)[keep:]:
+        shutil.rmtree(old)
+    return path
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a small file so that a crash leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The published checkpoints of a run, newest first."""
+    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+
+
+def remove_unfinished(run: Path) -> None:
+    """Delete what a killed run was writing."""
+    for leftover in (run / "checkpoints").glob(f"{_UNFINISHED}*"):
+        logger.info("removing %s, a checkpoint that was never finished", leftover.name)
+        shutil.rmtree(leftover)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint directory.
+
+    Raises:
+        CheckpointError: there is none, or it is not JSON.
+    """
+    path = checkpoint / MANIFEST
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{checkpoint} holds no {MANIFEST}; expected a checkpoint directory") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """The manifest, after every file was found with the size and SHA-256 that it names.
+
+    Raises:
+        CheckpointError: the first file that is missing or differs.
+    """
+    manifest = read_manifest(checkpoint)
+    for name, wanted in manifest["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise CheckpointError(f"{checkpoint}: {name} is missing; the manifest lists it")
+        size = path.stat().st_size
+        if size != wanted["bytes"]:
+            raise CheckpointError(
+                f"{checkpoint}: {name} has {size} bytes; the manifest says {wanted['bytes']}"
+            )
+        if describe(checkpoint, [name])[name]["sha256"] != wanted["sha256"]:
+            raise CheckpointError(
+                f"{checkpoint}: {name} has another SHA-256 than the manifest; it was altered"
+            )
+    return manifest
+
+
+def newest_whole(run: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a run that verifies, and its manifest; damaged ones are named in the log."""
+    for checkpoint in list_checkpoints(run):
+        try:
+            return checkpoint, verify(checkpoint)
+        except CheckpointError as error:
+            logger.warning("passing over a damaged checkpoint: %s", error)
+    return None
+
+
+def resolve(path: Path) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint from its own path or from its run's.
+
+    Raises:
+        CheckpointError: neither, or damaged.
+    """
+    if (path / MANIFEST).exists():
+        return path, verify(path)
+    found = newest_whole(path)
+    if found is None:
+        what = "does not exist" if not path.exists() else "holds no whole checkpoint"
+        raise CheckpointError(f"{path} {what}; expected a run or a checkpoint directory of fastmim")
+    return found

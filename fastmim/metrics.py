@@ -1,0 +1,119 @@
+"""What a run tells: JSON lines, TensorBoard, Weights & Biases, a progress bar or plain lines."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fastmim.config import Config
+from fastmim.errors import ConfigError
+from fastmim.manifest import write_durably
+
+logger = logging.getLogger("fastmim")
+
+
+def set_up_logging(first: bool) -> None:
+    """Rank 0 tells everything on stdout; the others warnings only, so that no line is printed twice."""
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.INFO if first else logging.WARNING)
+
+
+class Metrics:
+    """The records of a run, on rank 0.
+
+    Args:
+        config: of the run.
+        start_step: steps done before; later records of an interrupted run are dropped.
+        total_steps: where the run ends.
+    """
+
+    def __init__(self, config: Config, start_step: int, total_steps: int):
+        run = Path(config.output)
+        self.path = run / "metrics.jsonl"
+        drop_records_after(self.path, start_step)
+        self._file = self.path.open("a")
+        self._tensorboard = _open_tensorboard(run, start_step) if config.log.tensorboard else None
+        self._wandb = _open_wandb(config) if config.log.wandb else None
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=not on_terminal)
+        self._total = total_steps
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Tell one record; it holds "step" and numbers."""
+        step = record["step"]
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if self._tensorboard is not None and isinstance(value, int | float) and name != "step":
+                self._tensorboard.add_scalar(f"train/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log(record, step=step)
+        self._bar.update(step - self._bar.n)
+        self._bar.set_postfix(loss=f"{record['loss']:.4f}", images_per_s=f"{record['images_per_s']:.0f}")
+        if self._bar.disable:
+            logger.info(
+                "step %d/%d epoch %.2f loss %.4f lr %.2e grad %.2f %.0f images/s data wait %.0f%%",
+                *(step, self._total, record["epoch"], record["loss"], record["lr"], record["grad_norm"] or 0),
+                *(record["images_per_s"], 100 * record["data_wait"]),
+            )
+
+    def add_image(self, name: str, path: Path, step: int) -> None:
+        """Show a PNG in TensorBoard."""
+        if self._tensorboard is not None:
+            import numpy as np
+            from PIL import Image
+
+            picture = np.asarray(Image.open(path).convert("RGB"))
+            self._tensorboard.add_image(name, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush and end all sinks."""
+        self._bar.close()
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("%s: dropping an unfinished line", path)
+    return records
+
+
+def drop_records_after(path: Path, step: int) -> None:
+    """Forget the records of steps that will be done again."""
+    records = [record for record in read_records(path) if record["step"] <= step]
+    write_durably(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _open_tensorboard(run: Path, start_step: int):
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+
+
+def _open_wandb(config: Config):
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(
+            "log.wandb=true: wandb is not installed; pip install wandb, or log.wandb=false"
+        ) from None
+    run = Path(config.output)
+    return wandb.init(
+        dir=run, name=run.name, config=config.model_dump(mode="json"), resume="allow", id=run.name
+    )

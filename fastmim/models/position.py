@@ -1,0 +1,29 @@
+"""Fixed 2-d sine-cosine position embeddings."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
+    """Position table of a patch grid, with a zero row for the cls token.
+
+    The first half of the channels encodes the column, the second the row; within a half, sines come first.
+    Computed in float64, so the table does not depend on the platform's float32 functions.
+
+    Args:
+        dim: channels, a multiple of 4.
+        grid: patches per column and per row (height, width).
+
+    Returns:
+        float32 [1, 1 + height * width, dim].
+
+    Source: MAE, appendix A.1 (Vaswani et al., 2017, in two dimensions).
+    """
+    height, width = grid
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    frequencies = 10000.0 ** -(np.arange(dim // 4) / (dim / 4))
+    angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]
+    table = np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1)
+    table = np.concatenate([np.zeros((1, dim)), table])
+    return torch.from_numpy(table).to(torch.float32)[None]

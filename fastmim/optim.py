@@ -1,0 +1,51 @@
+"""The optimiser, which parameters decay, and the learning rate of every step."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastmim.config import OptimConfig
+
+TOKENS = ("cls_token", "mask_token")
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: matrices decay; 1-d parameters (biases, norms) and tokens do not (MAE, appendix A.1)."""
+    decayed, kept = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim <= 1 or name.endswith(TOKENS)
+            (kept if plain else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate(config: OptimConfig, epoch: float) -> float:
+    """Linear warm-up from 0, then half a cosine to `min_lr` (MAE, appendix A.1), at a fractional epoch."""
+    if epoch < config.warmup_epochs:
+        return config.lr * epoch / config.warmup_epochs
+    progress = min((epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs), 1.0)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that changes nothing in a step whose gradient is not finite, decided on the device.
+
+    DeepSpeed's own optimisers skip such steps; its plain float32 path without ZeRO does not.
+
+    Attributes:
+        grad_norm: float32 scalar, the 2-norm of the last step's gradient.
+        found_inf: float32 scalar, 1 where the last step was skipped; the fused kernel reads it.
+    """
+
+    grad_norm: Tensor
+    found_inf: Tensor
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update the parameters, unless a gradient is infinite or not a number."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.grad_norm = nn.utils.get_total_norm(gradients)
+        self.found_inf = (~self.grad_norm.isfinite()).float()
+        return super().step(closure)

@@ -1,0 +1,85 @@
+"""The pictures a run leaves: reconstructions and the loss curve."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from torch import Tensor
+
+GREY = 128
+
+
+def draw_reconstructions(
+    path: Path, originals: Tensor, removed: Tensor, reconstructions: Tensor, patch_size: int, title: str = ""
+) -> None:
+    """Draw a row per image: original, masked, reconstruction.
+
+    Args:
+        path: PNG to write.
+        originals, reconstructions: uint8 [n, H, W, C] on the CPU; one channel is grey, the first three colours.
+        removed: bool [n, N], true where a patch was removed.
+        patch_size: side of a patch in pixels.
+        title: line above the picture.
+    """
+    n, height, width, _ = originals.shape
+    hidden = removed.view(n, height // patch_size, width // patch_size)
+    hidden = hidden.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
+    masked = originals.masked_fill(hidden[..., None], GREY)
+    columns = {"original": originals, "masked": masked, "reconstruction": reconstructions}
+    # Two pictures a row: a sheet of eight stays on a screen.
+    pairs = 2 if n > 1 else 1
+    rows = -(-n // pairs)
+    cell = 1.7
+    figure, axes = plt.subplots(
+        rows,
+        3 * pairs,
+        figsize=(3 * pairs * cell * width / height, rows * cell + 0.5),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for i in range(n):
+        row, left = divmod(i, pairs)
+        for offset, (name, images) in enumerate(columns.items()):
+            axis = axes[row, 3 * left + offset]
+            axis.imshow(
+                _displayable(images[i].numpy()), cmap="gray", vmin=0, vmax=255, interpolation="nearest"
+            )
+            if row == 0:
+                axis.set_title(name, fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
+def draw_loss(path: Path, records: list[dict[str, Any]]) -> None:
+    """Draw loss against epochs, with the learning rate, from the records of a metrics.jsonl."""
+    records = [record for record in records if np.isfinite(record.get("loss") or np.nan)]
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    epochs = [record["epoch"] for record in records]
+    axis.plot(epochs, [record["loss"] for record in records], color="tab:blue")
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("loss", color="tab:blue")
+    axis.grid(alpha=0.3)
+    other = axis.twinx()
+    other.plot(epochs, [record["lr"] for record in records], color="tab:orange", linewidth=1)
+    other.set_ylabel("learning rate", color="tab:orange")
+    _save(figure, path)
+
+
+def _displayable(image: np.ndarray) -> np.ndarray:
+    channels = image.shape[-1]
+    return image[..., 0] if channels < 3 else image[..., :3]
+
+
+def _save(figure, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+    temporary.replace(path)

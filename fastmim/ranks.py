@@ -1,0 +1,111 @@
+"""The ranks of a run and the few things they agree on, over a host-side (gloo) group."""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastmim.errors import FastmimError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """Who this process is among the processes of the run.
+
+    Attributes:
+        rank, world_size: over all nodes.
+        local_rank, local_world_size: on this node.
+        device: where this rank computes.
+    """
+
+    def __init__(self):
+        for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+            os.environ.setdefault(name, alone)
+        self.rank = int(os.environ["RANK"])
+        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self.world_size = int(os.environ["WORLD_SIZE"])
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        on_cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", self.local_rank) if on_cuda else torch.device("cpu")
+        self._host_group: dist.ProcessGroup | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that logs and writes."""
+        return self.rank == 0
+
+    def open_host_group(self) -> None:
+        """Make the gloo group; every rank calls it, once, after the default group exists."""
+        self._host_group = dist.new_group(backend="gloo") if self.world_size > 1 else None
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self._host_group is not None:
+            dist.barrier(self._host_group)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank, in rank order."""
+        if self._host_group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._host_group)
+        return values
+
+    def share(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self._host_group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._host_group)
+        return box[0]
+
+    def run_on_first(self, act: Callable[[], T], each_node: bool = False) -> T | None:
+        """Run `act` on rank 0 (or on each node's first rank) while the others wait.
+
+        An error that a user can act on is raised on every rank, so that all end alike and none waits for ever.
+
+        Returns:
+            What `act` returned, on the ranks that ran it; None elsewhere.
+        """
+        result, problem = None, None
+        if self.local_rank == 0 if each_node else self.first:
+            try:
+                result = act()
+            except FastmimError as error:
+                problem = error
+        for error in self.gather(problem):
+            if error is not None:
+                raise error
+        return result
+
+    def start_flags(self, *flags: bool) -> "Flags":
+        """Begin an OR of host-side flags over all ranks; it overlaps with the step that follows."""
+        values = torch.tensor(flags, dtype=torch.uint8)
+        work = None
+        if self._host_group is not None:
+            work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._host_group, async_op=True)
+        return Flags(values, work)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over ranks of a small tensor on the training device."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+            values /= self.world_size
+        return values
+
+
+class Flags:
+    """The pending result of `Ranks.start_flags`."""
+
+    def __init__(self, values: Tensor, work: Any):
+        self._values, self._work = values, work
+
+    def wait(self) -> list[bool]:
+        """The agreed flags."""
+        if self._work is not None:
+            self._work.wait()
+        return [bool(value) for value in self._values]

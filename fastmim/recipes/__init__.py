@@ -1,0 +1,180 @@
+"""Recipes: YAML files of this folder, resolved with `key=value` overrides into a `Config`."""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fastmim.config import Config
+from fastmim.errors import ConfigError
+
+
+def names() -> list[str]:
+    """The recipes that are installed."""
+    return sorted(
+        entry.name[:-5] for entry in resources.files(__name__).iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def load(recipe: str, overrides: list[str] | None = None) -> Config:
+    """Resolve a recipe.
+
+    Args:
+        recipe: the name of an installed recipe, or the path of a YAML file.
+        overrides: `key.sub=value` words; a value is read as YAML.
+
+    Raises:
+        ConfigError: one message that names every bad key, its value and what is accepted.
+    """
+    return load_with_sources(recipe, overrides)[0]
+
+
+def load_with_sources(recipe: str, overrides: list[str] | None = None) -> tuple[Config, dict[str, str]]:
+    """Like `load`, with a map from each key that was set to where it was set."""
+    values = _read(recipe)
+    sources = dict.fromkeys(_leaves(values), recipe)
+    for word in overrides or []:
+        key, value = _parse_override(word)
+        _set(values, key.split("."), value, word)
+        sources = {k: v for k, v in sources.items() if k != key and not k.startswith(f"{key}.")}
+        sources |= dict.fromkeys(_leaves({key: value}), "command line")
+    return build(values), sources
+
+
+def override(overrides: list[str]) -> Config:
+    """The defaults, changed by `key.sub=value` words; for commands that read a part of a configuration."""
+    values: dict[str, Any] = {}
+    for word in overrides:
+        key, value = _parse_override(word)
+        _set(values, key.split("."), value, word)
+    return build(values)
+
+
+def build(values: dict[str, Any]) -> Config:
+    """Validate a nested mapping; every error of pydantic becomes a line that names key, got and wanted."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(detail) for detail in error.errors())) from None
+
+
+def dump(config: Config, sources: dict[str, str] | None = None) -> str:
+    """The configuration as YAML; with `sources`, each value's origin as a comment."""
+    text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=1000)
+    if sources is None:
+        return text
+    lines, path = [], []
+    for line in text.splitlines():
+        indent = (len(line) - len(line.lstrip())) // 2
+        path = [*path[:indent], line.strip().split(":", 1)[0]]
+        opens_section = line.endswith(":")
+        lines.append(line if opens_section else f"{line:<48} # {sources.get('.'.join(path), 'default')}")
+    return "\n".join(lines) + "\n"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Sections in block style, lists on one line."""
+
+
+_Dumper.add_representer(
+    list, lambda dumper, values: dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
+)
+
+
+def _read(recipe: str) -> dict[str, Any]:
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(
+                f"--config {recipe}: no such file; expected a YAML file or one of {', '.join(names())}"
+            )
+        text = path.read_text()
+    elif recipe in names():
+        text = (resources.files(__name__) / f"{recipe}.yaml").read_text()
+    else:
+        raise ConfigError(
+            f"--config {recipe}: unknown recipe; expected one of {', '.join(names())} or a .yaml file"
+        )
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {recipe}: not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"--config {recipe}: holds a {type(values).__name__}; expected a mapping of sections"
+        )
+    return values
+
+
+def _parse_override(word: str) -> tuple[str, Any]:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{word!r} is not an override; expected key.sub=value")
+    try:
+        return key, yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}={text!r}: the value is not YAML") from None
+
+
+def _set(values: dict[str, Any], path: list[str], value: Any, word: str) -> None:
+    for i, part in enumerate(path[:-1]):
+        if values.get(part) is None:
+            values[part] = {}
+        values = values[part]
+        if not isinstance(values, dict):
+            raise ConfigError(f"{word}: {'.'.join(path[: i + 1])} holds {values!r}, not a section")
+    values[path[-1]] = value
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in values.items():
+        nested = isinstance(value, dict) and value
+        keys += _leaves(value, f"{prefix}{key}.") if nested else [f"{prefix}{key}"]
+    return keys
+
+
+def _explain(detail: Any) -> str:
+    location, got = detail["loc"], detail["input"]
+    key = ".".join(str(part) for part in location)
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    if detail["type"] == "extra_forbidden":
+        accepted = _section(location[:-1]).model_fields
+        close = difflib.get_close_matches(str(location[-1]), accepted, n=1)
+        hint = f"did you mean {'.'.join([*map(str, location[:-1]), close[0]])}? " if close else ""
+        return f"{key}={got!r}: unknown key; {hint}expected one of {', '.join(accepted)}"
+    if detail["type"] == "missing":
+        return f"{key} is not set; {detail['msg'].lower()}"
+    wanted = _range_of(location) or detail["msg"].removeprefix("Input should be ")
+    return f"{key}={got!r}; expected {wanted}"
+
+
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+
+
+def _range_of(location: tuple[Any, ...]) -> str:
+    """Kind and every bound of a number, not only the one that was broken; empty for what is no bounded number."""
+    if not all(isinstance(part, str) for part in location):
+        return ""
+    schema = _section(location[:-1]).model_json_schema()["properties"][location[-1]]
+    variants = [schema, *schema.get("anyOf", [])]
+    kinds = [v["type"] for v in variants if v.get("type") in ("integer", "number")]
+    bounds = [f"{sign} {v[name]:g}" for v in variants for name, sign in _BOUNDS.items() if name in v]
+    if not kinds or not bounds:
+        return ""
+    return f"{'an integer' if kinds[0] == 'integer' else 'a number'} {' and '.join(bounds)}"
+
+
+def _section(location: tuple[Any, ...]) -> type[BaseModel]:
+    section: type[BaseModel] = Config
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return section

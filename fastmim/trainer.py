@@ -1,0 +1,398 @@
+"""The training loop: batches in, optimiser steps, records, pictures and checkpoints out."""
+
+import json
+import logging
+import os
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from fastmim import checkpoint as checkpoints
+from fastmim import manifest as manifests
+from fastmim import recipes
+from fastmim.config import Config
+from fastmim.data.index import Index, build_index
+from fastmim.data.loader import Loader, load_images
+from fastmim.ema import EMA
+from fastmim.errors import CheckpointError, ConfigError, TrainingAborted
+from fastmim.flops import mae_step_flops, peak_flops
+from fastmim.kernels.philox import STREAM_DROP, philox_4x32
+from fastmim.metrics import Metrics, read_records, set_up_logging
+from fastmim.models.attention import choose_attention
+from fastmim.objectives import build_objective
+from fastmim.optim import GuardedAdamW, learning_rate, parameter_groups
+from fastmim.precision import choose_precision, deepspeed_config
+from fastmim.ranks import Ranks
+from fastmim.signals import StopSignals
+from fastmim.window import Window, peak_memory_bytes
+
+logger = logging.getLogger("fastmim")
+
+
+def train(config: Config, resume: str = "auto") -> int:
+    """Run a configuration to its end, or to a signal.
+
+    Args:
+        config: of the run.
+        resume: auto, none, or the path of a run or checkpoint.
+
+    Returns:
+        The process's exit code: 0, or 128 + the signal that stopped the run.
+
+    Raises:
+        FastmimError: a configuration, source or checkpoint that cannot be used, or a run that was aborted.
+    """
+    ranks = Ranks()
+    set_up_logging(ranks.first)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    with StopSignals() as signals:
+        trainer = Trainer(config, ranks, resume)
+        try:
+            trainer.run(signals)
+        finally:
+            trainer.close()
+    return signals.exit_code
+
+
+class Trainer:
+    """One run on one rank.
+
+    Args:
+        config: of the run.
+        ranks: this process among all.
+        resume: auto, none, or a path.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, resume: str):
+        self.config, self.ranks = config, ranks
+        self.run_folder = Path(config.output)
+        micro_batch = config.micro_batch(ranks.world_size)
+        precision = choose_precision(config.train.precision, ranks.device)
+        attention = choose_attention(config.train.attention, ranks.device.type)
+        _check_zero_fragment(config)
+        _start_distributed(ranks)
+        self.index = _open_index(config.require_source(), config, ranks)
+        found = ranks.share(ranks.run_on_first(lambda: _find_checkpoint(self.run_folder, resume)))
+        if found is not None:
+            checkpoints.check_same_run(found[1], config, ranks, self.index.fingerprint)
+
+        torch.manual_seed(config.train.seed)
+        self.objective = build_objective(config, attention)
+        if config.train.compile:
+            self.objective.compile_blocks()
+        self.engine = _build_engine(config, self.objective, precision, micro_batch)
+        decay = config.train.ema_decay
+        self.ema = EMA(checkpoints.master_tensors(self.engine), decay) if decay else None
+        self.step, self.skipped = 0, 0
+        if found is not None:
+            folder, manifest = found
+            checkpoints.load(self.engine, folder, self.ema)
+            self.step, self.skipped = manifest["step"], manifest["state"]["skipped"]
+
+        self.loader = Loader(
+            self.index,
+            config.data,
+            seed=config.train.seed,
+            micro_batch=micro_batch,
+            accumulation=config.optim.accumulation,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=ranks.device,
+            start_step=self.step,
+            threads=config.data.threads or max(1, (os.cpu_count() or 1) // ranks.local_world_size),
+        )
+        epoch = self.loader.samples_per_epoch
+        self.total_steps = -(-int(config.optim.epochs * epoch) // config.optim.batch_size)
+        self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
+        self.window = Window(ranks.device)
+        self.metrics: Metrics | None = None
+        ranks.run_on_first(self._open_run)
+        self._flops_per_image = mae_step_flops(config)
+        self._peak_flops = peak_flops(_device_name(ranks.device), precision, config.train.peak_tflops)
+        self._pictured: Tensor | None = None
+        if self.step:
+            logger.info("resuming after step %d of %d", self.step, self.total_steps)
+
+    def run(self, signals: StopSignals) -> None:
+        """Train until the schedule, `train.max_steps` or a signal ends it; the last step is saved."""
+        config, window = self.config, self.window
+        batches = iter(self.loader)
+        recent: deque[Any] = deque(maxlen=config.train.max_skipped_in_a_row + config.log.every_steps)
+        saved_at = time.monotonic()
+        profiler = _start_profiler(self.run_folder) if config.train.profile and self.ranks.first else None
+        window.reset()
+        while self.step < self.last_step:
+            flags = self.ranks.start_flags(signals.received is not None, self._is_save_due(saved_at))
+            lr = self._set_learning_rate()
+            recent.append((self.step + 1, self._train_step(batches)))
+            self.step += 1
+            if profiler is not None:
+                profiler.step()
+            stop, save = flags.wait()
+            ending = stop or self.step == self.last_step
+            if ending or self.step % config.log.every_steps == 0:
+                self._log(lr, recent)
+            every = config.checkpoint.every_steps
+            started = time.perf_counter()
+            if ending or save or (every and self.step % every == 0):
+                self._save()
+                saved_at = time.monotonic()
+            every = config.log.reconstruct_every_steps
+            if every and (self.step == self.last_step or self.step % every == 0):
+                self._draw()
+            window.pause(time.perf_counter() - started)
+            if stop:
+                logger.info(
+                    "stopped by a signal after step %d; the same command goes on from there", self.step
+                )
+                break
+        if profiler is not None:
+            profiler.stop()
+        if self.step == self.last_step:
+            self.ranks.run_on_first(self._tell_end)
+
+    def close(self) -> None:
+        """Release decoding threads, files and the process group."""
+        self.loader.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        dist.destroy_process_group()
+
+    def _train_step(self, batches) -> list[Any]:
+        """One optimiser step; returns the sample ids of its micro-batches, for the record of a failure."""
+        samples = []
+        for micro in range(self.config.optim.accumulation):
+            started = time.perf_counter()
+            batch = next(batches)
+            self.window.waited += time.perf_counter() - started
+            if self.config.model.drop_path:
+                self._seed_dropped_paths(micro)
+            loss = self.engine(batch)["loss"]
+            self.engine.backward(loss)
+            self.engine.step()
+            self.window.add_loss(loss)
+            samples.append(batch.samples)
+        optimizer = self.engine.optimizer
+        guarded = isinstance(optimizer, GuardedAdamW)
+        self.window.add_step(optimizer.found_inf if guarded else float(getattr(optimizer, "overflow", False)))
+        if self.ema is not None:
+            self.ema.update()
+        return samples
+
+    def _seed_dropped_paths(self, micro: int) -> None:
+        # Stochastic depth draws from torch's generator; seeding it by the step keeps a resumed run the same run.
+        low, high, *_ = philox_4x32(self.config.train.seed, micro, self.step, self.ranks.rank, STREAM_DROP)
+        torch.manual_seed(high << 32 | low)
+
+    def _set_learning_rate(self) -> float:
+        epoch = self.step * self.config.optim.batch_size / self.loader.samples_per_epoch
+        lr = learning_rate(self.config.optim, epoch)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _is_save_due(self, saved_at: float) -> bool:
+        minutes = self.config.checkpoint.every_minutes
+        return self.ranks.first and minutes is not None and time.monotonic() - saved_at >= 60 * minutes
+
+    def _log(self, lr: float, recent: deque) -> None:
+        """Tell a record and start the next window; the one place where the host waits for the device."""
+        most_in_a_row = self.window.most_in_a_row()
+        loss, finite, skipped = self.ranks.mean(self.window.sums()).tolist()
+        self.skipped += round(skipped)
+        bad = len(self.loader.bad)
+        speed = self.window.throughput(self.config.optim.batch_size)
+        achieved = speed["images_per_s"] / self.ranks.world_size * self._flops_per_image
+        self.window.reset()
+        if self.metrics is not None:
+            record = {
+                "step": self.step,
+                "epoch": self.step * self.config.optim.batch_size / self.loader.samples_per_epoch,
+                "loss": loss / finite if finite else None,
+                "lr": lr,
+                "grad_norm": self._gradient_norm(),
+                **speed,
+                "peak_memory_bytes": peak_memory_bytes(self.ranks.device),
+                "skipped_steps": self.skipped,
+                "bad_images": bad,
+                "mfu": achieved / self._peak_flops if self._peak_flops else None,
+            }
+            self.metrics.write(record)
+        if most_in_a_row >= self.config.train.max_skipped_in_a_row:
+            self._abort(most_in_a_row, recent)
+
+    def _gradient_norm(self) -> float | None:
+        norm = self.engine.get_global_grad_norm()
+        if norm is None and isinstance(self.engine.optimizer, GuardedAdamW):
+            norm = self.engine.optimizer.grad_norm
+        norm = None if norm is None else float(norm)
+        return norm if norm is not None and 0 <= norm < float("inf") else None
+
+    def _abort(self, most_in_a_row: int, recent: deque) -> None:
+        path = self.run_folder / f"skipped-rank{self.ranks.rank}.json"
+        steps = [{"step": step, "samples": [ids.tolist() for ids in samples]} for step, samples in recent]
+        manifests.write_durably(path, json.dumps(steps))
+        raise TrainingAborted(
+            f"{most_in_a_row} steps in a row had a non-finite loss or gradient "
+            f"(train.max_skipped_in_a_row={self.config.train.max_skipped_in_a_row}); their samples are in "
+            f"{path.parent}/skipped-rank*.json. Lower optim.blr, set optim.clip_grad, or use train.precision=bf16"
+        )
+
+    def _save(self) -> None:
+        state = {
+            "fingerprint": self.index.fingerprint,
+            "skipped": self.skipped,
+            "bad_images": [
+                self.index.name(i) for rank in self.ranks.gather(sorted(self.loader.bad)) for i in rank
+            ],
+        }
+        checkpoints.save(self.engine, self.ranks, self.config, self.step, state, self.ema)
+
+    def _draw(self) -> None:
+        """Reconstruct held-out images; every rank computes, since ZeRO-3 needs them all, and the first draws."""
+        config = self.config
+        if self._pictured is None:
+            held_out = config.log.images
+            index = _open_index(held_out, config, self.ranks) if held_out else self.index
+            images = load_images(index, config.data, min(config.log.n_images, len(index)))
+            self._pictured = images.to(self.ranks.device)
+        images = self._pictured
+        self.objective.eval()
+        places = torch.arange(len(images), device=images.device)
+        mask = self.objective.sample_mask(torch.zeros_like(places), places)
+        rebuilt = self.objective.reconstruct(images, mask)
+        self.objective.train()
+        if self.metrics is not None:
+            from fastmim.pictures import draw_loss, draw_reconstructions
+
+            path = self.run_folder / "reconstructions.png"
+            title = f"step {self.step}, {config.mask.ratio:.0%} of the patches removed"
+            note = self.objective.note_on_pictures()
+            draw_reconstructions(
+                path,
+                images.cpu(),
+                mask.mask.cpu(),
+                rebuilt.cpu(),
+                config.model.patch_size,
+                f"{title}\n{note}".strip(),
+            )
+            self.metrics.add_image("reconstructions", path, self.step)
+            draw_loss(self.run_folder / "loss.png", read_records(self.metrics.path))
+
+    def _open_run(self) -> None:
+        config = self.config
+        manifests.remove_unfinished(self.run_folder)
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        manifests.write_durably(self.run_folder / "config.yaml", recipes.dump(config))
+        self.metrics = Metrics(config, self.step, self.last_step)
+        optim = config.optim
+        micro_batch = config.micro_batch(self.ranks.world_size)
+        logger.info("%s", self.index.summary())
+        logger.info(
+            f"{self.total_steps} steps of {optim.batch_size} images ({self.ranks.world_size} ranks x "
+            f"{optim.accumulation} accumulation x {micro_batch}); "
+            f"lr {optim.lr:.3e} = blr {optim.blr:.3e} x {optim.batch_size} / 256"
+        )
+
+    def _tell_end(self) -> None:
+        run = self.run_folder
+        records = read_records(run / "metrics.jsonl")
+        lines = [f"finished {self.step} steps in {run}/"]
+        if records:
+            rates = sorted(record["images_per_s"] for record in records)
+            lines.append(f"  images/s      {rates[len(rates) // 2]:.0f} (median of {len(rates)} records)")
+            lines.append(
+                f"  peak memory   {records[-1]['peak_memory_bytes'] / 2**30:.1f} GiB on the first rank"
+            )
+        kept = {
+            "checkpoint": manifests.checkpoint_path(run, self.step),
+            "metrics": run / "metrics.jsonl",
+            "tensorboard": run / "tensorboard",
+            "pictures": run / "reconstructions.png",
+            "loss curve": run / "loss.png",
+        }
+        lines += [f"  {name:<13} {path}" for name, path in kept.items() if path.exists()]
+        lines.append(f"next: fastmim reconstruct --checkpoint {run} --images FOLDER --out pictures.png")
+        logger.info("\n".join(lines))
+
+
+def _check_zero_fragment(config: Config) -> None:
+    try:
+        DeepSpeedZeroConfig(**config.deepspeed.get("zero_optimization", {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("deepspeed.zero_optimization", *first["loc"])))
+        raise ConfigError(f"{key}={first['input']!r}: {first['msg']}") from None
+
+
+def _start_distributed(ranks: Ranks) -> None:
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if ranks.world_size == 1:
+        os.environ.setdefault("MASTER_PORT", "0")
+    deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
+    ranks.open_host_group()
+    if ranks.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+
+
+def _open_index(source: str, config: Config, ranks: Ranks) -> Index:
+    """Scan on each node's first rank, read the cache on the others, and see that all found the same images."""
+    ranks.run_on_first(lambda: build_index(source, config.data), each_node=True)
+    index = build_index(source, config.data, progress=False)
+    prints = ranks.gather(index.fingerprint)
+    if len(set(prints)) > 1:
+        other = next(rank for rank, fingerprint in enumerate(prints) if fingerprint != prints[0])
+        raise ConfigError(f"data.source={source!r} holds other images on rank {other} than on rank 0")
+    return index
+
+
+def _find_checkpoint(run: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
+    if resume not in ("auto", "none"):
+        return manifests.resolve(Path(resume))
+    if resume == "auto":
+        return manifests.newest_whole(run)
+    if manifests.list_checkpoints(run):
+        raise CheckpointError(
+            f"--resume none: {run} already holds checkpoints; expected another output, or --resume auto"
+        )
+    return None
+
+
+def _build_engine(config: Config, objective: nn.Module, precision: str, micro_batch: int):
+    groups = parameter_groups(objective, config.optim.weight_decay)
+    options: dict[str, Any] = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps}
+    zero = config.deepspeed.get("zero_optimization", {})
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles itself, so only where it is asked for
+
+        optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    elif config.zero_stage == 0 and precision == "fp32":
+        optimizer = GuardedAdamW(groups, fused=True, **options)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=True, **options)
+    return deepspeed.initialize(
+        model=objective, optimizer=optimizer, config=deepspeed_config(config, precision, micro_batch)
+    )[0]
+
+
+def _start_profiler(run: Path):
+    schedule = torch.profiler.schedule(wait=5, warmup=2, active=3, repeat=1)
+    profiler = torch.profiler.profile(
+        schedule=schedule,
+        record_shapes=True,
+        on_trace_ready=lambda done: done.export_chrome_trace(str(run / "trace.json")),
+    )
+    profiler.start()
+    return profiler
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,127 @@
+"""The configuration: every bad value is refused in one line that names the key, the value and what is accepted."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from fastmim import recipes
+from fastmim.errors import ConfigError
+
+BAD = [
+    ("optim.blrr=1", "optim.blrr=1: unknown key; did you mean optim.blr?"),
+    ("modle.size=base", "modle={'size': 'base'}: unknown key; did you mean model?"),
+    ("optim.blr=fast", "optim.blr='fast'; expected a number > 0"),
+    ("mask.ratio=1.5", "mask.ratio=1.5; expected a number > 0 and < 1"),
+    ("mask.ratio=0", "mask.ratio=0; expected a number > 0 and < 1"),
+    ("mask.ratio=0.999", "mask.ratio=0.999 keeps 0 of 196 patches"),
+    ("data.image_size=225", "data.image_size=[225, 225]; expected multiples of model.patch_size=16"),
+    ("data.image_size=[224,100]", "data.image_size=[224, 100]; expected multiples"),
+    ("model.heads=5", "model.heads=5; expected a divisor of model.width=768"),
+    ("objective.decoder_heads=7", "objective.decoder_heads=7; expected a divisor of objective.decoder_width=512"),
+    ("optim.warmup_epochs=1600", "optim.warmup_epochs=1600; expected less than optim.epochs=1600"),
+    ("optim.accumulation=3", "optim.batch_size=4096; expected a multiple of optim.accumulation=3"),
+    ("optim.min_lr=1", "optim.min_lr=1; expected at most the peak learning rate 0.0024"),
+    ("optim.clip_grad=-1", "optim.clip_grad=-1; expected a number > 0"),
+    ("model.size=giant", "model.size='giant'; expected 'tiny', 'small', 'base', 'large' or 'huge'"),
+    ("model.size=null", "model.size=None needs model.width, model.depth, model.heads"),
+    ("data.channels=4", "data.mean has 3 values; expected data.channels=4"),
+    ("data.std=[1,0,1]", "data.std=[1.0, 0.0, 1.0]; expected values above 0"),
+    ("data.scale=[0.5,0.2]", "data.scale=[0.5, 0.2]; expected 0 < lowest <= highest <= 1"),
+    ("train.precision=fp8", "train.precision='fp8'; expected 'auto', 'bf16', 'fp16' or 'fp32'"),
+    ("deepspeed.foo=1", "deepspeed.foo: unknown key; expected one of aio, "),
+    ("deepspeed.bf16.enabled=true", "deepspeed.bf16 is set by train.precision; set it there"),
+    ("deepspeed.train_batch_size=8", "deepspeed.train_batch_size is set by optim.batch_size"),
+    ("deepspeed.gradient_clipping=1", "deepspeed.gradient_clipping is set by optim.clip_grad"),
+    ("deepspeed.zero_optimization.stage=4", "deepspeed.zero_optimization.stage=4; expected 0, 1, 2 or 3"),
+    ("no_equals_sign", "'no_equals_sign' is not an override; expected key.sub=value"),
+    ("optim.blr.x=1", "optim.blr.x=1: optim.blr holds 0.00015, not a section"),
+    ("optim=[1", "optim='[1': the value is not YAML"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), BAD, ids=[override for override, _ in BAD])
+def test_bad_value_is_named(override, message):
+    with pytest.raises(ConfigError) as caught:
+        recipes.load("mae_vit_base", [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_bad_value_is_reported_at_once():
+    with pytest.raises(ConfigError, match=r"mask\.ratio=2.*optim\.epochs=-1"):
+        recipes.load("mae_vit_base", ["mask.ratio=2", "optim.epochs=-1"])
+
+
+def test_compile_does_not_mix_with_stage_3():
+    with pytest.raises(ConfigError, match="train.compile=true with deepspeed.zero_optimization.stage=3"):
+        recipes.load("mae_vit_base", ["train.compile=true", "deepspeed.zero_optimization.stage=3"])
+
+
+def test_batch_must_divide_over_ranks():
+    config = recipes.load("mae_vit_base", ["optim.batch_size=96", "optim.accumulation=2"])
+    assert config.micro_batch(world_size=3) == 16
+    with pytest.raises(ConfigError, match=r"optim.batch_size=96; expected a multiple of 10 \(5 ranks x"):
+        config.micro_batch(world_size=5)
+
+
+def test_unknown_recipe_lists_the_known():
+    with pytest.raises(ConfigError, match="--config mae_vit_bass: unknown recipe; expected one of mae_vit_base, "):
+        recipes.load("mae_vit_bass")
+
+
+def test_file_problems_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        recipes.load(str(tmp_path / "missing.yaml"))
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(ConfigError, match="not YAML"):
+        recipes.load(str(tmp_path / "broken.yaml"))
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="holds a list; expected a mapping"):
+        recipes.load(str(tmp_path / "list.yaml"))
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_resolved_recipe_resolves_to_itself(name):
+    config = recipes.load(name)
+    assert recipes.build(yaml.safe_load(recipes.dump(config))) == config
+
+
+PAPER = {  # width, depth, heads, patch, decoder depth: MAE, section 4 and appendix A.1
+    "mae_vit_base": (768, 12, 12, 16, 8),
+    "mae_vit_large": (1024, 24, 16, 16, 8),
+    "mae_vit_huge": (1280, 32, 16, 14, 8),
+    "mae_vit_large_fast": (1024, 24, 16, 16, 1),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_recipes_hold_the_papers_numbers(name):
+    config = recipes.load(name)
+    model, objective, optim = config.model, config.objective, config.optim
+    assert (model.width, model.depth, model.heads, model.patch_size, objective.decoder_depth) == PAPER[name]
+    assert (objective.decoder_width, objective.decoder_heads, objective.norm_pix_loss) == (512, 16, True)
+    assert (optim.batch_size, optim.blr, optim.warmup_epochs, optim.betas) == (4096, 1.5e-4, 40, (0.9, 0.95))
+    assert optim.lr == pytest.approx(2.4e-3)
+    assert (config.mask.ratio, config.data.scale, optim.weight_decay) == (0.75, (0.2, 1.0), 0.05)
+
+
+def test_dump_names_the_source_of_every_value():
+    config, sources = recipes.load_with_sources(
+        "mae_vit_large", ["optim.blr=1e-3", "deepspeed.zero_optimization.stage=2"]
+    )
+    origins = {}
+    for line in recipes.dump(config, sources).splitlines():
+        if "#" in line:
+            value, origin = line.split("#")
+            origins[value.strip()] = origin.strip()
+    assert origins["blr: 0.001"] == "command line"
+    assert origins["stage: 2"] == "command line"
+    assert origins["size: large"] == "mae_vit_large"
+    assert origins["width: 1024"] == "default"
+
+
+def test_configuration_needs_no_torch():
+    code = "import sys; from fastmim import recipes; recipes.load('mae_vit_base'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

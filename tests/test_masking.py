@@ -1,0 +1,67 @@
+"""Random masks: exact counts, uniform, and a function of seed, epoch and position alone."""
+
+import numpy as np
+import torch
+from scipy.stats import chi2
+
+from fastmim.kernels.philox import philox_4x32
+from fastmim.masking import len_keep, sample_random_mask
+
+
+def sample(positions, epochs=None, seed=0, patches=49, keep=12):
+    positions = torch.as_tensor(positions)
+    epochs = torch.zeros_like(positions) if epochs is None else torch.as_tensor(epochs)
+    return sample_random_mask(seed, epochs, positions, patches, keep)
+
+
+def test_philox_gives_the_published_known_answers():
+    # Random123's kat_vectors for philox4x32, 10 rounds.
+    zero = philox_4x32(0, np.zeros(1, np.int64), 0, 0, 0)
+    assert [int(word[0]) for word in zero] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    full = 0xFFFFFFFF
+    ones = philox_4x32(2**64 - 1, torch.tensor([full]), full, full, full)
+    assert [int(word) for word in ones] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    pi = philox_4x32(
+        0x299F31D0_A4093822, np.array([0x243F6A88]), np.int64(0x85A308D3), np.int64(0x13198A2E), np.int64(0x03707344)
+    )
+    assert [int(word[0]) for word in pi] == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+
+def test_ids_partition_the_patches():
+    mask = sample(range(64), patches=197, keep=49)
+    both = torch.cat([mask.ids_keep, mask.ids_mask], dim=1)
+    assert torch.equal(both.sort(dim=1).values, torch.arange(197).expand(64, -1))
+    assert torch.equal(both.gather(1, mask.ids_restore), torch.arange(197).expand(64, -1))
+    assert (mask.ids_keep.diff(dim=1) > 0).all() and (mask.ids_mask.diff(dim=1) > 0).all()
+    assert torch.equal(mask.mask.sum(1), torch.full((64,), 197 - 49))
+    assert not mask.mask.gather(1, mask.ids_keep).any()
+
+
+def test_a_mask_does_not_depend_on_its_batch():
+    together = sample(range(100))
+    alone = sample([37])
+    shuffled = sample([5, 99, 37, 2])
+    assert torch.equal(together.ids_keep[37], alone.ids_keep[0])
+    assert torch.equal(together.ids_keep[37], shuffled.ids_keep[2])
+
+
+def test_seed_epoch_and_position_all_matter():
+    first = sample([3]).ids_keep
+    assert not torch.equal(first, sample([4]).ids_keep)
+    assert not torch.equal(first, sample([3], epochs=[1]).ids_keep)
+    assert not torch.equal(first, sample([3], seed=1).ids_keep)
+    assert not torch.equal(first, sample([3 + 2**32]).ids_keep)
+
+
+def test_every_patch_is_kept_equally_often():
+    # Kept counts per position: K of N without replacement, so the chi-square statistic shrinks by (N - K) / (N - 1).
+    samples, patches, keep = 20_000, 49, 12
+    kept = sample(range(samples), patches=patches, keep=keep).ids_keep.flatten().bincount(minlength=patches)
+    expected = samples * keep / patches
+    statistic = (((kept - expected) ** 2) / expected).sum().item() * (patches - 1) / (patches - keep)
+    assert statistic < chi2.ppf(0.9999, patches - 1)
+
+
+def test_len_keep_is_maes():
+    assert len_keep(196, 0.75) == 49
+    assert len_keep(256, 0.9) == 25
