@@ -1,0 +1,52 @@
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fastmim.kernels import _dispatch
+
+# pytest's importlib mode leaves sys.path alone; the helper module beside this file is imported by name.
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def unwritten_shows(monkeypatch):
+    """Fill new memory with NaN, or 0xFF bytes, so that an element that a kernel does not write is seen."""
+
+    def filled(allocate):
+        def wrapper(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            if tensor.dtype.is_floating_point:
+                return tensor.fill_(float("nan"))
+            return tensor.fill_(255 if tensor.dtype == torch.uint8 else -1)
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty", filled(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
+
+
+@pytest.fixture(params=["reference", "interpret"])
+def backend(request, monkeypatch):
+    """Both ways to run on the CPU: plain PyTorch, and the Triton kernels in Triton's interpreter."""
+    monkeypatch.setattr(_dispatch, "MODE", request.param)
+    return request.param
+
+
+@pytest.fixture
+def compiler(request, monkeypatch, tmp_path):
+    """`torch.compile` without graph breaks and with an empty cache: a full one outlives an operation's code."""
+    torch.compiler.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    interpreted = "backend" in request.fixturenames and request.getfixturevalue("backend") == "interpret"
+    # An operation is opaque to Inductor: generating code once per test, around the reference, is enough.
+    return functools.partial(
+        torch.compile, fullgraph=True, backend="aot_eager" if interpreted else "inductor"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
