@@ -55,14 +55,16 @@ class Metrics:
                 self._tensorboard.add_scalar(f"train/{name}", value, step)
         if self._wandb is not None:
             self._wandb.log(record, step=step)
-        self._bar.update(step - self._bar.n)
-        self._bar.set_postfix(loss=f"{record['loss']:.4f}", images_per_s=f"{record['images_per_s']:.0f}")
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+        norm = "not finite" if record["grad_norm"] is None else f"{record['grad_norm']:.2f}"
         if self._bar.disable:
             logger.info(
-                "step %d/%d epoch %.2f loss %.4f lr %.2e grad %.2f %.0f images/s data wait %.0f%%",
-                *(step, self._total, record["epoch"], record["loss"], record["lr"], record["grad_norm"] or 0),
-                *(record["images_per_s"], 100 * record["data_wait"]),
+                f"step {step}/{self._total} epoch {record['epoch']:.2f} loss {loss} lr {record['lr']:.2e} "
+                f"grad norm {norm} {record['images_per_s']:.0f} images/s data wait {record['data_wait']:.0%}"
             )
+        else:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix(loss=loss, images_per_s=f"{record['images_per_s']:.0f}")
 
     def add_image(self, name: str, path: Path, step: int) -> None:
         """Show a PNG in TensorBoard."""

@@ -34,18 +34,29 @@ class GuardedAdamW(torch.optim.AdamW):
 
     DeepSpeed's own optimisers skip such steps; its plain float32 path without ZeRO does not.
 
+    Args:
+        params: parameter groups.
+        clip_grad: largest gradient norm; None does not clip.
+        options: of `torch.optim.AdamW`.
+
     Attributes:
-        grad_norm: float32 scalar, the 2-norm of the last step's gradient.
+        grad_norm: float32 scalar, the 2-norm of the last step's gradient before it was clipped.
         found_inf: float32 scalar, 1 where the last step was skipped; the fused kernel reads it.
     """
 
     grad_norm: Tensor
     found_inf: Tensor
 
+    def __init__(self, params, clip_grad: float | None = None, **options):
+        super().__init__(params, fused=True, **options)
+        self.clip_grad = clip_grad
+
     @torch.no_grad()
     def step(self, closure=None):
         """Update the parameters, unless a gradient is infinite or not a number."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = nn.utils.get_total_norm(gradients)
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, self.grad_norm)
         self.found_inf = (~self.grad_norm.isfinite()).float()
         return super().step(closure)

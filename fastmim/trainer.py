@@ -367,6 +367,7 @@ def _find_checkpoint(run: Path, resume: str) -> tuple[Path, dict[str, Any]] | No
 
 
 def _build_engine(config: Config, objective: nn.Module, precision: str, micro_batch: int):
+    completed = deepspeed_config(config, precision, micro_batch)
     groups = parameter_groups(objective, config.optim.weight_decay)
     options: dict[str, Any] = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps}
     zero = config.deepspeed.get("zero_optimization", {})
@@ -375,12 +376,11 @@ def _build_engine(config: Config, objective: nn.Module, precision: str, micro_ba
 
         optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     elif config.zero_stage == 0 and precision == "fp32":
-        optimizer = GuardedAdamW(groups, fused=True, **options)
+        optimizer = GuardedAdamW(groups, config.optim.clip_grad, **options)
+        completed.pop("gradient_clipping", None)
     else:
         optimizer = torch.optim.AdamW(groups, fused=True, **options)
-    return deepspeed.initialize(
-        model=objective, optimizer=optimizer, config=deepspeed_config(config, precision, micro_batch)
-    )[0]
+    return deepspeed.initialize(model=objective, optimizer=optimizer, config=completed)[0]
 
 
 def _start_profiler(run: Path):

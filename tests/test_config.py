@@ -19,7 +19,10 @@ BAD = [
     ("data.image_size=225", "data.image_size=[225, 225]; expected multiples of model.patch_size=16"),
     ("data.image_size=[224,100]", "data.image_size=[224, 100]; expected multiples"),
     ("model.heads=5", "model.heads=5; expected a divisor of model.width=768"),
-    ("objective.decoder_heads=7", "objective.decoder_heads=7; expected a divisor of objective.decoder_width=512"),
+    (
+        "objective.decoder_heads=7",
+        "objective.decoder_heads=7; expected a divisor of objective.decoder_width=512",
+    ),
     ("optim.warmup_epochs=1600", "optim.warmup_epochs=1600; expected less than optim.epochs=1600"),
     ("optim.accumulation=3", "optim.batch_size=4096; expected a multiple of optim.accumulation=3"),
     ("optim.min_lr=1", "optim.min_lr=1; expected at most the peak learning rate 0.0024"),
@@ -55,7 +58,7 @@ def test_every_bad_value_is_reported_at_once():
 
 
 def test_compile_does_not_mix_with_stage_3():
-    with pytest.raises(ConfigError, match="train.compile=true with deepspeed.zero_optimization.stage=3"):
+    with pytest.raises(ConfigError, match=r"train.compile=true with deepspeed.zero_optimization.stage=3"):
         recipes.load("mae_vit_base", ["train.compile=true", "deepspeed.zero_optimization.stage=3"])
 
 
@@ -67,7 +70,9 @@ def test_batch_must_divide_over_ranks():
 
 
 def test_unknown_recipe_lists_the_known():
-    with pytest.raises(ConfigError, match="--config mae_vit_bass: unknown recipe; expected one of mae_vit_base, "):
+    with pytest.raises(
+        ConfigError, match=r"--config mae_vit_bass: unknown recipe; expected one of mae_vit_base, "
+    ):
         recipes.load("mae_vit_bass")
 
 

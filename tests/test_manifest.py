@@ -25,7 +25,10 @@ def test_a_published_checkpoint_verifies(tmp_path):
 def test_the_newest_are_kept(tmp_path):
     for step in (5, 10, 100):
         write(tmp_path, step, keep=2)
-    assert [path.name for path in manifests.list_checkpoints(tmp_path)] == ["step-000000100", "step-000000010"]
+    assert [path.name for path in manifests.list_checkpoints(tmp_path)] == [
+        "step-000000100",
+        "step-000000010",
+    ]
 
 
 def test_a_step_saved_twice_is_replaced(tmp_path):
@@ -39,7 +42,10 @@ def test_a_step_saved_twice_is_replaced(tmp_path):
     ("damage", "message"),
     [
         (lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
-        (lambda path: (path / "model.safetensors").write_bytes(b"short"), "has 5 bytes; the manifest says 14"),
+        (
+            lambda path: (path / "model.safetensors").write_bytes(b"short"),
+            "has 5 bytes; the manifest says 14",
+        ),
         (lambda path: (path / "model.safetensors").write_bytes(b"WEIGHTSweights"), "another SHA-256"),
         (lambda path: (path / "manifest.json").unlink(), "holds no manifest.json"),
         (lambda path: (path / "manifest.json").write_text("{"), "is not JSON"),

@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
+from fastmim.kernels.philox import philox_4x32
 from scipy.stats import chi2
 
-from fastmim.kernels.philox import philox_4x32
 from fastmim.masking import len_keep, sample_random_mask
 
 
@@ -22,7 +22,11 @@ def test_philox_gives_the_published_known_answers():
     ones = philox_4x32(2**64 - 1, torch.tensor([full]), full, full, full)
     assert [int(word) for word in ones] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
     pi = philox_4x32(
-        0x299F31D0_A4093822, np.array([0x243F6A88]), np.int64(0x85A308D3), np.int64(0x13198A2E), np.int64(0x03707344)
+        0x299F31D0_A4093822,
+        np.array([0x243F6A88]),
+        np.int64(0x85A308D3),
+        np.int64(0x13198A2E),
+        np.int64(0x03707344),
     )
     assert [int(word[0]) for word in pi] == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 

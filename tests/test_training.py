@@ -1,0 +1,202 @@
+"""launch.py on real images: ranks, ZeRO stages, sources, kernels, precisions and bad luck."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from launching import TINY_YAML, launch, losses, train, write_images
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    write_images(folder / "images", 24)
+    (folder / "tiny.yaml").write_text(TINY_YAML)
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def one_rank(recipe):
+    """Losses of 20 steps on one rank, in float32, without ZeRO."""
+    return losses(train(recipe, "data.source=images", "output=one", "train.max_steps=20"))
+
+
+def test_it_learns(one_rank):
+    assert len(one_rank) == 20
+    assert np.mean(one_rank[-4:]) < 0.9 * np.mean(one_rank[:4])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_and_any_zero_stage_give_the_losses_of_one(recipe, one_rank, stage):
+    got = train(
+        recipe,
+        "data.source=images",
+        f"output=zero{stage}",
+        "train.max_steps=20",
+        f"deepspeed.zero_optimization.stage={stage}",
+        ranks=2,
+    )
+    np.testing.assert_allclose(losses(got), one_rank, rtol=1e-4)
+
+
+VARIANTS = {
+    "accumulation": ["optim.accumulation=4"],
+    "activation checkpointing": ["train.activation_checkpointing=true"],
+    "compile": ["train.compile=true"],
+    "ema": ["train.ema_decay=0.9"],
+    "more threads": ["data.threads=3", "data.prefetch=5"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_how_a_step_is_computed_does_not_change_it(recipe, one_rank, variant):
+    output = f"output={variant.replace(' ', '_')}"
+    got = train(recipe, "data.source=images", output, "train.max_steps=5", *VARIANTS[variant])
+    np.testing.assert_allclose(losses(got), one_rank[:5], rtol=1e-4)
+
+
+def test_the_real_kernels_interpreted_give_the_references_losses(recipe, one_rank):
+    got = train(
+        recipe, "data.source=images", "output=interpret", "train.max_steps=3", FASTMIM_KERNELS="interpret"
+    )
+    np.testing.assert_allclose(losses(got), one_rank[:3], rtol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_bf16_follows_fp32(recipe, one_rank, stage):
+    got = train(
+        recipe,
+        "data.source=images",
+        f"output=bf16_{stage}",
+        "train.max_steps=10",
+        "train.precision=bf16",
+        f"deepspeed.zero_optimization.stage={stage}",
+    )
+    np.testing.assert_allclose(losses(got), one_rank[:10], rtol=0.05)
+
+
+def test_clipping_bounds_the_step(recipe, one_rank):
+    got = train(recipe, "data.source=images", "output=clip", "train.max_steps=3", "optim.clip_grad=1.0e-9")
+    # The first step has learning rate 0 and the others next to no gradient: only weight decay acts.
+    assert losses(got)[1] == pytest.approx(one_rank[1], rel=1e-5)
+    assert got[0]["grad_norm"] > 0.01
+
+
+def test_folder_tar_and_npy_of_the_same_images_give_the_same_losses(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY_YAML)
+    random = np.random.default_rng(0)
+    small = random.integers(0, 256, (16, 6, 6, 3), dtype=np.uint8)
+    images = [np.asarray(Image.fromarray(one).resize((56, 40), Image.Resampling.BICUBIC)) for one in small]
+    np.save(tmp_path / "images.npy", np.stack(images))
+    (tmp_path / "images").mkdir()
+    with (
+        tarfile.open(tmp_path / "shard-000.tar", "w") as first,
+        tarfile.open(tmp_path / "shard-001.tar", "w") as last,
+    ):
+        for i, image in enumerate(images):
+            encoded = io.BytesIO()
+            Image.fromarray(image).save(encoded, "PNG")
+            (tmp_path / "images" / f"{i:03d}.png").write_bytes(encoded.getvalue())
+            member = tarfile.TarInfo(f"{i:03d}.png")
+            member.size = len(encoded.getvalue())
+            (first if i < 7 else last).addfile(member, io.BytesIO(encoded.getvalue()))
+    sources = {"folder": "images", "tar": "shard-*.tar", "npy": "images.npy"}
+    got = {
+        name: losses(
+            train(tmp_path / "tiny.yaml", f"data.source={source}", f"output={name}", "train.max_steps=5")
+        )
+        for name, source in sources.items()
+    }
+    assert got["folder"] == got["tar"] == got["npy"]
+
+
+def test_bad_images_are_named_and_the_run_goes_on(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY_YAML)
+    folder = write_images(tmp_path / "images", 16, suffix=".jpg")
+    whole = (folder / "0003.jpg").read_bytes()
+    (folder / "empty.jpg").touch()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    # A header that reads well and a body that does not: only decoding finds out.
+    scan = whole.index(b"\xff\xda")
+    (folder / "corrupt.jpg").write_bytes(whole[:scan] + b"\xff\xda\x00\x02" + b"\x00" * 200 + b"\xff\xd9")
+    done = launch(
+        tmp_path / "tiny.yaml",
+        "data.source=images",
+        "output=run",
+        "train.max_steps=8",
+        "data.max_bad_fraction=0.2",
+    )
+    assert done.returncode == 0, done.stdout
+    for name in ("empty.jpg", "truncated.jpg", "corrupt.jpg"):
+        assert name in done.stdout
+
+
+def test_too_many_bad_images_end_the_run_with_their_names(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY_YAML)
+    folder = write_images(tmp_path / "images", 16, suffix=".jpg")
+    for i in range(8):
+        whole = (folder / f"{i:04d}.jpg").read_bytes()
+        scan = whole.index(b"\xff\xda")
+        (folder / f"{i:04d}.jpg").write_bytes(
+            whole[:scan] + b"\xff\xda\x00\x02" + b"\x00" * 200 + b"\xff\xd9"
+        )
+    done = launch(
+        tmp_path / "tiny.yaml",
+        "data.source=images",
+        "output=run",
+        "train.max_steps=8",
+        "data.max_bad_fraction=0.2",
+    )
+    assert done.returncode == 3, done.stdout
+    told = done.stdout[done.stdout.index("launch.py: ") :]
+    assert "4 of 16 images cannot be decoded; expected at most 3 (data.max_bad_fraction=0.2)" in told
+    assert told.count(".jpg: ") == 4 and "Traceback" not in done.stdout
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 2), ("bf16", 1)])
+def test_non_finite_steps_are_skipped_then_the_run_aborts(recipe, precision, stage):
+    output = f"diverge_{precision}_{stage}"
+    done = launch(
+        recipe,
+        "data.source=images",
+        f"output={output}",
+        "optim.blr=1.0e+37",
+        "train.max_skipped_in_a_row=4",
+        f"train.precision={precision}",
+        f"deepspeed.zero_optimization.stage={stage}",
+        ranks=2 if stage == 2 else 1,
+    )
+    assert done.returncode == 3, done.stdout
+    assert "4 steps in a row had a non-finite loss or gradient" in done.stdout
+    skipped = json.loads((recipe.parent / output / "skipped-rank0.json").read_text())
+    assert len(skipped[-1]["samples"][0]) == (4 if stage == 2 else 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mask.ratio=2"], "mask.ratio=2; expected a number > 0 and < 1"),
+        (["data.source=nowhere"], "nowhere"),
+        (["train.attention=xformers"], "train.attention='xformers' on cpu: it runs on CUDA only"),
+        (["deepspeed.zero_optimization.stagee=1"], "deepspeed.zero_optimization.stagee"),
+        (["optim.batch_size=9"], "optim.batch_size=9; expected a multiple of 2 (2 ranks x"),
+        (["--resume", "nowhere"], "nowhere does not exist; expected a run or a checkpoint directory"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_exit_code_2(recipe, arguments, message):
+    ranks = 2 if arguments == ["optim.batch_size=9"] else 1
+    done = launch(recipe, "data.source=images", "output=bad", *arguments, ranks=ranks)
+    assert done.returncode == 2, done.stdout
+    assert "Traceback" not in done.stdout
+    told = [line for line in done.stdout.splitlines() if line.startswith("launch.py: ")]
+    assert len(told) == 1 and message in told[0]
+
+
+def test_a_trace_is_written_when_asked_for(recipe):
+    train(recipe, "data.source=images", "output=profile", "train.max_steps=11", "train.profile=true")
+    trace = json.loads((recipe.parent / "profile" / "trace.json").read_text())
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert "fastmim::masked_pixel_loss" in names or any("masked_pixel_loss" in str(name) for name in names)
