@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from fastmim.config import DataConfig
 from fastmim.data.index import Index
-from fastmim.data.pipeline import image_pipeline
+from fastmim.data.pipeline import color_inputs, image_pipeline
 from fastmim.data.schedule import Plan
 from fastmim.errors import DataError
 
@@ -19,6 +18,12 @@ _OPEN_SHARDS = 256
 
 # What DALI raises for an image or a file that it cannot read.
 DECODE_ERRORS = (RuntimeError, ValueError, IndexError, OSError)
+
+# DALI's messages that say nothing to a person.
+_MEANINGS = {
+    "Failed to decode sample": "damaged or truncated pixels",
+    "nvImageCodec failure": "damaged header",
+}
 
 
 class SampleReader:
@@ -28,8 +33,9 @@ class SampleReader:
     map, which DALI's threads page in.
     """
 
-    def __init__(self, index: Index):
+    def __init__(self, index: Index, channels: int):
         self.index = index
+        self._channels = channels
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
         if index.kind == "npy":
             array = np.asarray(np.load(index.root, mmap_mode="r"))  # views of a plain array are cheaper
@@ -44,9 +50,9 @@ class SampleReader:
             "flip": plan.flip.astype(np.int32),
         }
         if plan.color is not None:
-            for column, name in enumerate(("brightness", "contrast", "saturation")):
-                inputs[name] = np.ascontiguousarray(plan.color[:, column])
-            inputs["hue"] = plan.color[:, 3] * 360  # DALI takes degrees
+            units = (1, 1, 1, 360)  # DALI takes hue in degrees
+            for column, name in enumerate(color_inputs(self._channels)):
+                inputs[name] = plan.color[:, column] * np.float32(units[column])
         return inputs
 
     def _source(self, sample: int) -> np.ndarray:
@@ -97,11 +103,12 @@ class Decoder:
         threads: int,
         prefetch: int = 1,
     ):
-        self._device = device
-        self._reader = SampleReader(index)
-        self._prefetch, self._started = prefetch, 0
         self._fed: deque[dict[str, Any]] = deque()
-        self._pipeline: Pipeline | None = image_pipeline(
+        self._pipeline: Any = None
+        self._device = device
+        self._reader = SampleReader(index, config.channels)
+        self._prefetch, self._started = prefetch, 0
+        self._pipeline = image_pipeline(
             index,
             config,
             batch_size=batch_size,
@@ -173,4 +180,8 @@ class Probe:
 def _cause(message: str) -> str:
     """The telling line of DALI's message, which comes after a traceback of the pipeline's definition."""
     lines = [line.strip() for line in message.partition("encountered:")[2].splitlines() if line.strip()]
-    return lines[0] if lines else message.strip()
+    cause = lines[0] if lines else message.strip()
+    for start, meaning in _MEANINGS.items():
+        if cause.startswith(start):
+            return meaning
+    return cause

@@ -6,26 +6,31 @@ nor DALI.
 
 import glob
 import hashlib
+import io
 import os
 import tarfile
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-from PIL.ContainerIO import ContainerIO
 from tqdm import tqdm
 
 from fastmim.config import DataConfig
 from fastmim.data import scan
-from fastmim.data.sources import Refused, list_members, walk_folder
+from fastmim.data.sources import Member, Refused, list_members, walk_folder
 from fastmim.data.table import Names, Table, cache_path, load_table, store_table
 from fastmim.data.usable import nothing_usable, suffix_of, usable_rows, what_is_near
 from fastmim.errors import DataError
 
 _THREADS = 16
 _CHUNK = 256
+
+
+def _nothing() -> np.ndarray:
+    return np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +57,9 @@ class Index:
     """SHA-256 of the order, names below the root, sizes, heights and widths: a moved set keeps it."""
     shards: tuple[str, ...] = ()
     """Paths below the root."""
-    shard_ids: np.ndarray | None = None
+    shard_ids: np.ndarray = field(default_factory=_nothing)
     """int32 [n], for tar."""
-    offsets: np.ndarray | None = None
+    offsets: np.ndarray = field(default_factory=_nothing)
     """int64 [n], first byte in its shard, for tar."""
 
     def __len__(self) -> int:
@@ -105,6 +110,13 @@ def build_index(source: str, config: DataConfig, progress: bool = True, refresh:
     Raises:
         DataError: when there is no such source, or no usable image in it.
     """
+    with warnings.catch_warnings():
+        # What Pillow warns of, such as damaged tags, is either harmless or a reason in the index.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        return _build_index(source, config, progress, refresh)
+
+
+def _build_index(source: str, config: DataConfig, progress: bool, refresh: bool) -> Index:
     path = os.path.abspath(os.path.expanduser(source))
     if os.path.isdir(path):
         return _index_folder(path, config, progress, refresh)
@@ -137,7 +149,7 @@ def _index_folder(root: str, config: DataConfig, progress: bool, refresh: bool) 
 
     if len(todo):
         _read_headers(table, todo, read, progress, root)
-        store_table(cache, table, {})
+        store_table(cache, table, [])
     rows, rejected = usable_rows(table, config, "")
     rejected += found.refused
     if not len(rows):
@@ -179,8 +191,8 @@ def _scan_shard(shard: str, config: DataConfig, refresh: bool) -> tuple[Table, R
     stamp = f"{stat.st_size} {stat.st_mtime_ns}"
     cache = cache_path("tar", shard)
     known = None if refresh else load_table(cache)
-    if known and known[1].pop(stamp, None) is not None:
-        table, refused, others = known[0], list(known[1].items()), Counter()
+    if known and known[1][:1] == [("stamp", stamp)]:
+        table, refused, others = known[0], known[1][1:], Counter()
     else:
         try:
             found = list_members(shard)
@@ -193,8 +205,9 @@ def _scan_shard(shard: str, config: DataConfig, refresh: bool) -> tuple[Table, R
         with open(shard, "rb") as file:
             for row in rows.tolist():
                 size = int(table.sizes[row])
-                table.set(row, scan.read_header(ContainerIO(file, int(table.offsets[row]), size), size))
-        store_table(cache, table, {stamp: "", **dict(refused)})
+                part = io.BufferedReader(Member(file.fileno(), int(table.offsets[row]), size))
+                table.set(row, scan.read_header(part, size))
+        store_table(cache, table, [("stamp", stamp), *refused])
     return table, refused, others
 
 
@@ -280,11 +293,10 @@ def _make_index(
     shard_ids: np.ndarray | None = None,
 ) -> Index:
     digest = hashlib.sha256("\0".join((kind, *shards)).encode("utf-8", "surrogateescape"))
-    columns = [table.names.blob, table.names.ends, table.sizes, table.heights, table.widths]
-    if shard_ids is not None:
-        columns.append(shard_ids)
+    shard_ids = _nothing() if shard_ids is None else shard_ids
+    columns = (table.names.blob, table.names.ends, table.sizes, table.heights, table.widths, shard_ids)
     for column in columns:
-        digest.update(np.ascontiguousarray(column, column.dtype.newbyteorder("<")))
+        digest.update(np.ascontiguousarray(column, column.dtype.newbyteorder("<")).data)
     return Index(
         kind=kind,
         root=root,
@@ -298,5 +310,5 @@ def _make_index(
         fingerprint=digest.hexdigest(),
         shards=shards,
         shard_ids=shard_ids,
-        offsets=table.offsets if kind == "tar" else None,
+        offsets=table.offsets,
     )

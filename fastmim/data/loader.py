@@ -17,6 +17,7 @@ from fastmim.data.schedule import Plan, Schedule
 from fastmim.errors import DataError, TrainingAborted
 
 _MAX_ATTEMPTS = 64
+_BAD_SHOWN = 20
 _LOAD_BATCH = 64
 _PLANNED_TOGETHER = 2048
 
@@ -78,6 +79,7 @@ class Loader:
         self.samples_per_epoch = self.schedule.samples_per_epoch
         self.bad: dict[int, str] = {}
         """Why each image that could not be decoded on this rank could not."""
+        self._allowed_bad = max(1, int(config.max_bad_fraction * len(index)))
         self._micro_batch = micro_batch
         self._rank, self._world_size = rank, world_size
         self._device = exact_device(device)
@@ -85,20 +87,20 @@ class Loader:
         self._threads = threads or config.threads or default_threads()
         self._probe = Probe(index, config, self._device)
         self._ahead: deque[Plan] = deque()
-        self._decoder: Decoder | None = self._make_decoder()
+        self._closed = False
+        self._decoder = self._make_decoder()
 
     def __iter__(self) -> Iterator[Batch]:
-        while self._decoder is not None:
+        while not self._closed:
             while len(self._ahead) < self.config.prefetch:
                 self._start(self._without_bad(next(self._plans), self.bad))
             yield self._collect()
 
     def close(self) -> None:
         """Stop decoding and free the pipeline."""
+        self._closed = True
         self._ahead.clear()
-        if self._decoder is not None:
-            self._decoder.close()
-            self._decoder = None
+        self._decoder.close()
 
     def _plan_ahead(self, micro_step: int) -> Iterator[Plan]:
         """This rank's micro-batches. Several are planned at once, which costs little more than one."""
@@ -122,8 +124,11 @@ class Loader:
         )
 
     def _start(self, plan: Plan) -> None:
-        self._decoder.start(plan)
         self._ahead.append(plan)
+        try:
+            self._decoder.start(plan)
+        except DECODE_ERRORS as error:  # of a run that was started before
+            self._recover(error)
 
     def _collect(self) -> Batch:
         try:
@@ -148,10 +153,9 @@ class Loader:
         """
         self._decoder.close()
         plans = list(self._ahead)
-        known = len(self.bad)
         for row, plan in enumerate(plans):
             plans[row] = self._without_bad(plan, plan.sample)
-            if len(self.bad) > known or plans[row] is not plan:
+            if plans[row] is not plan:
                 break
         else:
             raise error
@@ -174,10 +178,7 @@ class Loader:
                 sample = int(one.sample[0])
                 self._note_bad(sample, reason)
                 if attempt == _MAX_ATTEMPTS:
-                    raise TrainingAborted(
-                        f"no substitute for image {sample} decodes, in {attempt} attempts; last "
-                        f"{self.index.name(sample)}: {reason}"
-                    )
+                    raise self._too_many_bad()
                 substitute = self.schedule.substitute(one.epoch, one.position, attempt)
                 one, attempt = self.schedule.plan_of(one.epoch, one.position, substitute), attempt + 1
             if attempt:
@@ -191,14 +192,18 @@ class Loader:
         logger.warning(
             "image %s cannot be decoded (%s); a substitute takes its place", self.index.name(sample), reason
         )
-        allowed = max(1, int(self.config.max_bad_fraction * len(self.index)))
-        if len(self.bad) > allowed or len(self.bad) == len(self.index):
-            shown = [f"  {self.index.name(i)}: {why}" for i, why in self.bad.items()]
-            more = [f"  and {len(shown) - 20} more"] if len(shown) > 20 else []
-            raise TrainingAborted(
-                f"{len(self.bad)} of {len(self.index)} images cannot be decoded; expected at most {allowed} "
-                f"(data.max_bad_fraction={self.config.max_bad_fraction:g})\n" + "\n".join(shown[:20] + more)
-            )
+        if len(self.bad) > self._allowed_bad or len(self.bad) == len(self.index):
+            raise self._too_many_bad()
+
+    def _too_many_bad(self) -> TrainingAborted:
+        lines = [
+            f"{len(self.bad)} of {len(self.index)} images cannot be decoded; expected at most {self._allowed_bad} "
+            f"(data.max_bad_fraction={self.config.max_bad_fraction:g})"
+        ]
+        lines += [f"  {self.index.name(i)}: {why}" for i, why in list(self.bad.items())[:_BAD_SHOWN]]
+        if len(self.bad) > _BAD_SHOWN:
+            lines.append(f"  and {len(self.bad) - _BAD_SHOWN} more")
+        return TrainingAborted("\n".join(lines))
 
 
 def load_images(index: Index, config: DataConfig, n: int) -> Tensor:

@@ -87,14 +87,15 @@ def _move(images: Any, device_id: int | None) -> Any:
 
 def _color(images: Any, channels: int) -> Any:
     """Brightness, contrast around mid-grey, saturation and hue: torchvision's ranges, in one pass."""
-    factors = [
-        fn.external_source(name=name, dtype=types.FLOAT, ndim=0)
-        for name in ("brightness", "contrast", "saturation", "hue")
-    ]
-    if channels == 1:
-        return fn.brightness_contrast(images, brightness=factors[0], contrast=factors[1])
-    names = ("brightness", "contrast", "saturation", "hue")
-    return fn.color_twist(images, **dict(zip(names, factors, strict=True)))
+    factors = {
+        name: fn.external_source(name=name, dtype=types.FLOAT, ndim=0) for name in color_inputs(channels)
+    }
+    return fn.brightness_contrast(images, **factors) if channels == 1 else fn.color_twist(images, **factors)
+
+
+def color_inputs(channels: int) -> tuple[str, ...]:
+    """The colour factors that grey and RGB images have, in the order of `Plan.color`."""
+    return ("brightness", "contrast") if channels == 1 else ("brightness", "contrast", "saturation", "hue")
 
 
 def npy_channels(index: Index) -> int | None:

@@ -4,8 +4,8 @@ import os
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
+from PIL.ImageFile import ImageFile
 from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -13,7 +13,8 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-_ORIENTATION = 0x0112
+from fastmim.data.exif import read_orientation
+
 _TAIL_BYTES = 65536
 
 # The formats that DALI decodes, told by their first bytes: names are no evidence. Opening the plugin's class
@@ -36,7 +37,6 @@ FORMATS = "JPEG, PNG, WebP, TIFF, BMP, PGM/PPM or JPEG 2000"
 _END_MARKERS = {
     JpegImageFile: (b"\xff\xd9", "EOI marker"),
     Jpeg2KImageFile: (b"\xff\xd9", "EOC marker"),
-    PngImageFile: (b"IEND\xaeB`\x82", "IEND chunk"),
 }
 # Pillow's modes of what DALI decodes right. It refuses or garbles the others: bilevel and luminance-alpha TIFF,
 # CMYK JPEG 2000, 32-bit pixels.
@@ -62,7 +62,7 @@ class Header:
 
 
 def read_header(file: BinaryIO, size: int) -> Header:
-    """Read the header and the end of an open image file.
+    """Read the header of an open image file, and whether its end is there.
 
     Args:
         file: seekable, at its beginning.
@@ -78,9 +78,10 @@ def read_header(file: BinaryIO, size: int) -> Header:
     file.seek(0)
     try:
         image = reader(file)
-        height, width = _upright_size(image)
+        exif = _png_exif(file) if reader is PngImageFile else image.info.get("exif")
+        height, width = _upright_size(image, exif)
     except Exception as error:  # hostile bytes make Pillow's plugins raise nearly anything
-        return Header(reason=f"unreadable header ({error or type(error).__name__})")
+        return Header(reason=f"unreadable ({error or type(error).__name__})")
     if image.mode not in _MODES[reader]:
         modes = ", ".join(sorted(_MODES[reader]))
         return Header(reason=f"{image.format} pixels of mode {image.mode}; expected one of {modes}")
@@ -88,19 +89,48 @@ def read_header(file: BinaryIO, size: int) -> Header:
     # Pillow leaves a JPEG file just after its SOS, so a thumbnail's own EOI does not count.
     if marker and not _ends_with(file, marker, file.tell() if reader is JpegImageFile else 0, size):
         return Header(reason=f"truncated: no {name} at its end")
-    if reader is WebPImageFile and int.from_bytes(start[4:8], "little") + 8 > size:
-        return Header(reason="truncated: shorter than its RIFF header says")
     return Header(height, width, image.mode)
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
+def _upright_size(image: ImageFile, exif: bytes | None) -> tuple[int, int]:
+    """Height and width after the EXIF orientation.
+
+    Raises:
+        ValueError: when DALI may read the block otherwise, or not survive it.
+    """
     width, height = image.size  # Pillow's TIFF reader has already applied the orientation
-    if "exif" in image.info and not isinstance(image, TiffImageFile):
-        exif = Image.Exif()  # and not getexif(), which also heeds XMP; DALI heeds EXIF alone
-        exif.load(image.info["exif"])
-        if exif.get(_ORIENTATION) in (5, 6, 7, 8):
-            return width, height
-    return height, width
+    if exif is None or isinstance(image, TiffImageFile):
+        return height, width
+    orientation, whole = read_orientation(exif)
+    if not whole and isinstance(image, PngImageFile):
+        raise ValueError("damaged EXIF block")  # some of these end the process, in DALI 2.4
+    if not whole and height != width and (orientation == 0 or orientation > 4):
+        raise ValueError("damaged EXIF block, which leaves height and width in doubt")
+    return (width, height) if orientation > 4 else (height, width)
+
+
+def _png_exif(file: BinaryIO) -> bytes | None:
+    """The EXIF block of a PNG file, which DALI heeds behind the pixels too, where Pillow's header ends.
+
+    Raises:
+        ValueError: when the file does not reach its IEND chunk, or has several blocks.
+    """
+    blocks = []
+    place = 8
+    while True:
+        file.seek(place)
+        chunk = file.read(8)
+        length, name = int.from_bytes(chunk[:4], "big"), chunk[4:]
+        if len(chunk) < 8:
+            raise ValueError("truncated: no IEND chunk")
+        if name == b"eXIf":
+            blocks.append(file.read(length))
+        if name == b"IEND":
+            break
+        place += 12 + length
+    if len(blocks) > 1:
+        raise ValueError("several EXIF blocks")
+    return blocks[0] if blocks else None
 
 
 def _ends_with(file: BinaryIO, marker: bytes, start: int, size: int) -> bool:

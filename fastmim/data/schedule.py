@@ -6,6 +6,7 @@ integer and any number of ranks sees the same stream.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -47,12 +48,16 @@ class Plan:
 
     def take(self, rows: np.ndarray | slice | list[int]) -> "Plan":
         """The plan of some rows; `rows` is anything that indexes an array."""
-        parts = {name: None if value is None else value[rows] for name, value in vars(self).items()}
+        parts: dict[str, Any] = {
+            name: None if value is None else value[rows] for name, value in vars(self).items()
+        }
         return Plan(**parts)
 
     def replace(self, row: int, one: "Plan") -> "Plan":
         """A copy in which one row is that of `one`."""
-        parts = {name: None if value is None else value.copy() for name, value in vars(self).items()}
+        parts: dict[str, Any] = {
+            name: None if value is None else value.copy() for name, value in vars(self).items()
+        }
         for name, value in parts.items():
             if value is not None:
                 value[row] = getattr(one, name)[0]

@@ -1,10 +1,16 @@
 """Find what a source holds: the files of a folder, the members of a tar shard."""
 
+import io
 import os
 import tarfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+
+# A tar holds other components beside; a folder's files are told by their first bytes.
+IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "pgm", "ppm", "jp2", "j2k"}
+
+_MAX_CLASSES = 10**6
 
 Refused = list[tuple[str, str]]  # location, reason
 
@@ -35,7 +41,9 @@ def walk_folder(root: str) -> Found:
     real_root = os.path.realpath(root)
     files: list[tuple[bytes, int, int]] = []
     found = Found()
-    stack = [(b"", (real_root,))]  # relative folder, real paths from the root down to it
+    stack: list[tuple[bytes, tuple[str, ...]]] = [
+        (b"", (real_root,))
+    ]  # relative folder, real paths from the root down to it
     while stack:
         relative, chain = stack.pop()
         try:
@@ -98,7 +106,7 @@ def list_members(shard: str) -> Found:
             if member is None:
                 _refuse_garbage(tar, shard, found.refused)
                 break
-            tar.members.clear()  # tarfile keeps every header it has read
+            tar.members.clear()  # type: ignore[attr-defined] (tarfile keeps every header it has read)
             if member.isdir():
                 continue
             name = member.name
@@ -110,11 +118,11 @@ def list_members(shard: str) -> Found:
                 found.refused.append((f"{shard}:{name}", reason))
             elif component == "cls":
                 classes[key] = _read_class(tar, member, shard, found.refused)
-            elif is_image_name(component):
+            elif component in IMAGE_SUFFIXES:
                 found.names.append(name.encode("utf-8", "surrogateescape"))
                 found.sizes.append(member.size)
                 found.offsets.append(member.offset_data)
-            elif is_image_name(name):
+            elif component.rpartition(".")[2] in IMAGE_SUFFIXES:
                 found.refused.append(
                     (f"{shard}:{name}", f"component {component!r} of its key; expected one such as 'jpg'")
                 )
@@ -147,11 +155,11 @@ def _refuse_member(member: tarfile.TarInfo) -> str:
 def _read_class(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: str, refused: Refused) -> int:
     file = tar.extractfile(member)
     text = file.read(32) if file else b""
-    try:
+    if text.strip().isdigit() and int(text) < _MAX_CLASSES:
         return int(text)
-    except ValueError:
-        refused.append((f"{shard}:{member.name}", f"class {text!r}; expected an integer"))
-        return -1
+    wanted = f"an integer from 0 to {_MAX_CLASSES - 1}"
+    refused.append((f"{shard}:{member.name}", f"class {text!r}; expected {wanted}"))
+    return -1
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -161,9 +169,30 @@ def split_key(name: str) -> tuple[str, str]:
     return folder + slash + key, component.lower()
 
 
-IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "pgm", "ppm", "jp2", "j2k"}
+class Member(io.RawIOBase):
+    """A file that is some bytes of another. Wrap it in a BufferedReader: an image's header is many small reads."""
 
+    def __init__(self, descriptor: int, offset: int, size: int):
+        self._descriptor, self._offset, self._size = descriptor, offset, size
+        self._position = 0
 
-def is_image_name(name: str) -> bool:
-    """Whether the last suffix is an image's; a tar holds other components beside."""
-    return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As a file's."""
+        start = (0, self._position, self._size)[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        """As a file's, up to the end of the part."""
+        wanted = min(len(buffer), max(0, self._size - self._position))
+        read = os.preadv(self._descriptor, [memoryview(buffer)[:wanted]], self._offset + self._position)
+        self._position += read
+        return read

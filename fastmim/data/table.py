@@ -157,10 +157,10 @@ def cache_path(kind: str, location: str) -> Path:
     return Path(folder).expanduser() / "index" / f"{key}.npz"
 
 
-def load_table(path: Path) -> tuple[Table, dict[str, str]] | None:
+def load_table(path: Path) -> tuple[Table, list[tuple[str, str]]] | None:
     """A stored table and its notes; None where there is none or it cannot be read."""
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             if int(data["version"]) != _VERSION:
                 return None
             columns = {name: data[name] for name in _COLUMNS}
@@ -173,16 +173,16 @@ def load_table(path: Path) -> tuple[Table, dict[str, str]] | None:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         logger.warning("index cache %s cannot be read (%s); scanning again", path, error)
         return None
-    return Table(names, **columns, reasons=reasons), dict(zip(notes[::2], notes[1::2], strict=True))
+    return Table(names, **columns, reasons=reasons), list(zip(notes[::2], notes[1::2], strict=True))
 
 
 _COLUMNS = ("sizes", "mtimes", "offsets", "classes", "heights", "widths", "modes")
 
 
-def store_table(path: Path, table: Table, notes: dict[str, str]) -> None:
+def store_table(path: Path, table: Table, notes: list[tuple[str, str]]) -> None:
     """Write a table and its notes; other processes see the old file or the whole new one."""
     texts = Names.pack(reason.encode("utf-8", "replace") for reason in table.reasons.values())
-    pairs = (part for note in notes.items() for part in note)
+    pairs = (part for note in notes for part in note)
     packed = Names.pack(part.encode("utf-8", "surrogateescape") for part in pairs)
     temporary = None
     try:

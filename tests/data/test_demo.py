@@ -1,0 +1,71 @@
+import importlib.util
+
+import pytest
+from PIL import Image
+
+from fastmim.data import demo
+from fastmim.data.index import build_index
+from fastmim.errors import DataError
+
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("elpv_dataset") is None, reason="needs the demo extra"
+)
+
+
+@installed
+def test_the_demo_set(tmp_path, configure):
+    out = demo.prepare_elpv(tmp_path / "elpv")
+    train, held_out = (sorted(path.name for path in (out / part).iterdir()) for part in ("train", "heldout"))
+    assert len(train) == 2460 and len(held_out) == 164 and not set(train) & set(held_out)
+    assert sorted(train + held_out)[::16] == held_out
+    index = build_index(str(out / "heldout"), configure(1), progress=False)
+    assert len(index) == 164 and (index.heights == 300).all() and not index.rejected
+    assert [path.name for path in tmp_path.iterdir()] == ["elpv"]
+
+
+@installed
+def test_a_second_call_changes_nothing(tmp_path):
+    out = demo.prepare_elpv(tmp_path / "elpv")
+    (out / "train" / "cell0002.png").unlink()
+    before = (out / "train").stat().st_mtime_ns
+    demo.prepare_elpv(out)
+    assert (out / "train").stat().st_mtime_ns == before
+
+
+@installed
+def test_an_interrupted_call_leaves_nothing(tmp_path, monkeypatch):
+    calls = []
+
+    def link(image, target):
+        calls.append(image)
+        if len(calls) == 100:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "_link", link)
+    with pytest.raises(KeyboardInterrupt):
+        demo.prepare_elpv(tmp_path / "elpv")
+    assert list(tmp_path.iterdir()) == []
+
+
+@installed
+def test_copies_where_links_are_refused(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("cross-device link")
+
+    monkeypatch.setattr(demo.os, "link", refuse)
+    out = demo.prepare_elpv(tmp_path / "elpv")
+    with Image.open(out / "heldout" / "cell0001.png") as picture:
+        assert picture.size == (300, 300)
+
+
+def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "_PACKAGE", "no_such_package")
+    with pytest.raises(DataError, match=r"pip install 'fastmim\[demo\]'"):
+        demo.prepare_elpv(tmp_path / "elpv")
+
+
+def test_a_foreign_folder_is_refused(tmp_path):
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(DataError, match="holds no train"):
+        demo.prepare_elpv(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
