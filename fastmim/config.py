@@ -259,8 +259,8 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto is bf16 where the hardware computes it, else fp32."""
-    attention: Literal["auto", "xformers", "sdpa"] = "auto"
-    """auto is xformers' memory-efficient attention on CUDA, PyTorch's elsewhere."""
+    attention: Literal["auto", "xformers", "sdpa", "matmul"] = "auto"
+    """auto is xformers' memory-efficient attention on CUDA, PyTorch's elsewhere, plain products for bf16 on a CPU."""
     compile: bool = False
     """`torch.compile` each transformer block; ZeRO stages 0-2."""
     activation_checkpointing: bool = False

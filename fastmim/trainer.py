@@ -76,7 +76,7 @@ class Trainer:
         self.run_folder = Path(config.output)
         micro_batch = config.micro_batch(ranks.world_size)
         precision = choose_precision(config.train.precision, ranks.device)
-        attention = choose_attention(config.train.attention, ranks.device.type)
+        attention = choose_attention(config.train.attention, ranks.device.type, precision)
         _check_zero_fragment(config)
         _start_distributed(ranks)
         self.index = _open_index(config.require_source(), config, ranks)

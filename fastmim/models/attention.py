@@ -13,25 +13,24 @@ logger = logging.getLogger("fastmim")
 
 
 @functools.cache
-def choose_attention(wanted: str, device_type: str) -> str:
-    """Resolve `train.attention` for a device; the choice is logged once.
+def choose_attention(wanted: str, device_type: str, precision: str = "fp32") -> str:
+    """Resolve `train.attention`; the choice is logged once.
 
     Args:
-        wanted: auto, xformers or sdpa. auto is xformers on CUDA where it imports, sdpa elsewhere.
+        wanted: auto, xformers, sdpa or matmul. auto is xformers on CUDA where it imports, matmul on a CPU in
+            bf16, and sdpa elsewhere.
         device_type: cuda or cpu.
+        precision: bf16, fp16 or fp32.
 
     Raises:
         ConfigError: xformers was asked for where it cannot run.
     """
-    if wanted == "sdpa":
-        chosen, why = "sdpa", "asked for"
-    elif device_type != "cuda":
-        if wanted == "xformers":
-            raise ConfigError(
-                f"train.attention='xformers' on {device_type}: it runs on CUDA only; expected auto or sdpa"
-            )
-        chosen, why = "sdpa", f"xformers has no {device_type} operator"
-    else:
+    chosen, why = wanted, "asked for"
+    if wanted == "xformers" and device_type != "cuda":
+        raise ConfigError(
+            f"train.attention='xformers' on {device_type}: it runs on CUDA only; expected auto, sdpa or matmul"
+        )
+    if device_type == "cuda" and wanted in ("auto", "xformers"):
         try:
             import xformers.ops  # noqa: F401 (heavy, and needed on CUDA only)
         except ImportError as error:
@@ -39,19 +38,44 @@ def choose_attention(wanted: str, device_type: str) -> str:
                 raise ConfigError(f"train.attention='xformers': it does not import ({error})") from None
             chosen, why = "sdpa", f"xformers does not import ({error})"
         else:
-            chosen, why = "xformers", "asked for" if wanted == "xformers" else "on CUDA"
+            chosen = "xformers"
+            why = why if wanted == "xformers" else "memory-efficient, on CUDA"
+    elif wanted == "auto" and precision == "bf16":
+        # PyTorch's fused CPU kernel computes bf16 gradients several times slower than the plain products do
+        # (benchmarks/attention.py), and the scores of the few visible tokens are small.
+        chosen, why = "matmul", "faster than sdpa in bf16 on a CPU"
+    elif wanted == "auto":
+        chosen, why = "sdpa", f"xformers has no {device_type} operator"
     logger.info("attention: %s (%s)", chosen, why)
     return chosen
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over all tokens, by `backend`; q, k, v and the result are [B, N, heads, d]."""
+    if backend == "xformers":
+        return _xformers_attention(q, k, v)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if backend == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+@torch.compiler.disable
+def _xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention  # heavy, and needed on CUDA only
+
+    return memory_efficient_attention(q, k, v)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention with timm's parameter names and either backend.
+    """Multi-head self-attention with timm's parameter names and any backend.
 
     Args:
         dim: token dimension.
         num_heads: heads; divides `dim`.
         qkv_bias, proj_bias: whether the linears have biases.
-        backend: "sdpa" or "xformers", from `choose_attention`.
+        backend: xformers, sdpa or matmul, from `choose_attention`.
     """
 
     def __init__(
@@ -74,17 +98,4 @@ class Attention(nn.Module):
         assert attn_mask is None and not is_causal, "masked-image encoders attend among all tokens they hold"
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        if self.backend == "xformers":
-            x = _xformers_attention(*qkv.unbind(2))
-        else:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, D / heads]
-            x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        return self.proj(x.reshape(batch, tokens, dim))
-
-
-@torch.compiler.disable
-def _xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, N, heads, D / heads] each -> the same."""
-    from xformers.ops import memory_efficient_attention  # heavy, and needed on CUDA only
-
-    return memory_efficient_attention(q, k, v)
+        return self.proj(attend(*qkv.unbind(2), self.backend).reshape(batch, tokens, dim))

@@ -1,6 +1,6 @@
 """Transformer blocks, from timm, with this engine's attention; and their initialisation."""
 
-from functools import partial
+from functools import partial, partialmethod
 
 import torch
 from timm.models.vision_transformer import Block
@@ -68,12 +68,7 @@ class Blocks(nn.Module):
 
 def _attention_class(backend: str) -> type[Attention]:
     # timm asks for a class and checks it with issubclass, so a partial will not do.
-    return {"sdpa": Attention, "xformers": _XformersAttention}[backend]
-
-
-class _XformersAttention(Attention):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs, backend="xformers")
+    return type("Attention", (Attention,), {"__init__": partialmethod(Attention.__init__, backend=backend)})
 
 
 def init_weights(module: nn.Module) -> None:
