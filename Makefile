@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: quickstart test lint clean
 
 quickstart: .venv/ready data/elpv/train
-	"$(BIN)/deepspeed" launch.py --config quickstart
+	"$(BIN)/python" "$(BIN)/deepspeed" launch.py --config quickstart
 
 test: .venv/ready
 	"$(BIN)/python" -m pytest -q -n 2 --dist worksteal
@@ -18,10 +18,11 @@ lint: .venv/ready
 	"$(BIN)/ruff" format --check .
 
 # setuptools and wheel are there first because DeepSpeed is built from source; no CUDA compiler is needed.
+# setuptools warns that an editable install finds packages by name; that is what is wanted here.
 .venv/ready: pyproject.toml
 	test -x "$(BIN)/python" || "$(PYTHON)" -m venv .venv
 	"$(BIN)/python" -m pip install --quiet --upgrade pip setuptools wheel
-	"$(BIN)/python" -m pip install --quiet --editable ".[demo,dev]"
+	PYTHONWARNINGS=ignore "$(BIN)/python" -m pip install --quiet --editable ".[demo,dev]"
 	touch $@
 
 data/elpv/train: .venv/ready

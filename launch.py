@@ -8,7 +8,7 @@ import os
 import sys
 
 from fastmim import recipes
-from fastmim.errors import FastmimError
+from fastmim.errors import FastmimError, TooManyBadImages
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +49,8 @@ def main() -> int:
 
         return train(config, args.resume)
     except FastmimError as error:
-        if os.environ.get("RANK", "0") == "0":
+        # Every rank meets the same error, but for one that is a single rank's own.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, TooManyBadImages):
             print(f"launch.py: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 

@@ -14,9 +14,9 @@ from fastmim import manifest as manifests
 from fastmim.config import Config
 from fastmim.ema import EMA
 from fastmim.errors import CheckpointError
+from fastmim.manifest import EMA_WEIGHTS, WEIGHTS
 from fastmim.ranks import Ranks
 
-WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
 _TAG = "deepspeed"
 
 # What may change between a run and its continuation: where things lie, how often it tells and saves, and how

@@ -71,8 +71,7 @@ def _index(args: argparse.Namespace) -> None:
 def _reconstruct(args: argparse.Namespace) -> None:
     from fastmim.reconstruct import reconstruct_images
 
-    lines = reconstruct_images(args.checkpoint, args.images, args.out, args.count, args.seed, args.ema)
-    print("\n".join(lines))
+    print(reconstruct_images(args.checkpoint, args.images, args.out, args.count, args.seed, args.ema))
 
 
 def _data(args: argparse.Namespace) -> None:

@@ -23,3 +23,7 @@ class TrainingAborted(FastmimError):  # noqa: N818 (an outcome, not a mistake)
     """A run that was stopped because going on would waste it: too many bad images or skipped steps."""
 
     exit_code = 3
+
+
+class TooManyBadImages(TrainingAborted):
+    """Raised on the rank that met them, alone."""

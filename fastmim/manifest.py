@@ -17,6 +17,7 @@ from fastmim.errors import CheckpointError
 logger = logging.getLogger("fastmim")
 
 MANIFEST = "manifest.json"
+WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
 _UNFINISHED = ".unfinished-"
 
 
@@ -157,3 +158,24 @@ def resolve(path: Path) -> tuple[Path, dict[str, Any]]:
         what = "does not exist" if not path.exists() else "holds no whole checkpoint"
         raise CheckpointError(f"{path} {what}; expected a run or a checkpoint directory of fastmim")
     return found
+
+
+def find(run: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that `--resume` asks for, and its manifest; None to start anew.
+
+    Args:
+        run: output folder.
+        resume: auto, none, or the path of a run or checkpoint.
+
+    Raises:
+        CheckpointError: PATH holds none, or `none` would mix two runs in one folder.
+    """
+    if resume not in ("auto", "none"):
+        return resolve(Path(resume))
+    if resume == "auto":
+        return newest_whole(run)
+    if list_checkpoints(run):
+        raise CheckpointError(
+            f"--resume none: {run} already holds checkpoints; expected another output, or --resume auto"
+        )
+    return None

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from fastmim.config import Config
 from fastmim.errors import ConfigError
-from fastmim.manifest import write_durably
+from fastmim.manifest import checkpoint_path, write_durably
 
 logger = logging.getLogger("fastmim")
 
@@ -83,6 +83,27 @@ class Metrics:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def describe_end(run: Path, step: int) -> str:
+    """What a finished run left, and what to try next."""
+    records = read_records(run / "metrics.jsonl")
+    lines = [f"finished {step} steps in {run}/"]
+    if records:
+        rates = sorted(record["images_per_s"] for record in records)
+        lines.append(f"  images/s      {rates[len(rates) // 2]:.0f} (median of {len(rates)} records)")
+        lines.append(f"  peak memory   {records[-1]['peak_memory_bytes'] / 2**30:.1f} GiB on the first rank")
+    kept = {
+        "checkpoint": checkpoint_path(run, step),
+        "metrics": run / "metrics.jsonl",
+        "tensorboard": run / "tensorboard",
+        "pictures": run / "reconstructions.png",
+        "loss curve": run / "loss.png",
+        "config": run / "config.yaml",
+    }
+    lines += [f"  {name:<13} {path}" for name, path in kept.items() if path.exists()]
+    lines.append(f"next: fastmim reconstruct --checkpoint {run} --images FOLDER --out pictures.png")
+    return "\n".join(lines)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -13,24 +13,26 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from fastmim import checkpoint as checkpoints
 from fastmim import manifest as manifests
 from fastmim import recipes
 from fastmim.config import Config
-from fastmim.data.index import Index, build_index
 from fastmim.data.loader import Loader, load_images
+from fastmim.data.shared import open_index
 from fastmim.ema import EMA
-from fastmim.errors import CheckpointError, ConfigError, TrainingAborted
+from fastmim.errors import ConfigError, TrainingAborted
 from fastmim.flops import mae_step_flops, peak_flops
 from fastmim.kernels.philox import STREAM_DROP, philox_4x32
-from fastmim.metrics import Metrics, read_records, set_up_logging
+from fastmim.metrics import Metrics, describe_end, read_records, set_up_logging
 from fastmim.models.attention import choose_attention
 from fastmim.objectives import build_objective
 from fastmim.optim import GuardedAdamW, learning_rate, parameter_groups
+from fastmim.pictures import draw_loss
 from fastmim.precision import choose_precision, deepspeed_config
 from fastmim.ranks import Ranks
+from fastmim.reconstruct import Sheet
 from fastmim.signals import StopSignals
 from fastmim.window import Window, peak_memory_bytes
 
@@ -79,8 +81,9 @@ class Trainer:
         attention = choose_attention(config.train.attention, ranks.device.type, precision)
         _check_zero_fragment(config)
         _start_distributed(ranks)
-        self.index = _open_index(config.require_source(), config, ranks)
-        found = ranks.share(ranks.run_on_first(lambda: _find_checkpoint(self.run_folder, resume)))
+        self.index = open_index(config.require_source(), config.data, ranks)
+        self.sheet = self._open_sheet() if config.log.reconstruct_every_steps else None
+        found = ranks.share(ranks.run_on_first(lambda: manifests.find(self.run_folder, resume)))
         if found is not None:
             checkpoints.check_same_run(found[1], config, ranks, self.index.fingerprint)
 
@@ -117,7 +120,6 @@ class Trainer:
         ranks.run_on_first(self._open_run)
         self._flops_per_image = mae_step_flops(config)
         self._peak_flops = peak_flops(_device_name(ranks.device), precision, config.train.peak_tflops)
-        self._pictured: Tensor | None = None
         if self.step:
             logger.info("resuming after step %d of %d", self.step, self.total_steps)
 
@@ -157,7 +159,7 @@ class Trainer:
         if profiler is not None:
             profiler.stop()
         if self.step == self.last_step:
-            self.ranks.run_on_first(self._tell_end)
+            logger.info(describe_end(self.run_folder, self.step))
 
     def close(self) -> None:
         """Release decoding threads, files and the process group."""
@@ -258,34 +260,19 @@ class Trainer:
 
     def _draw(self) -> None:
         """Reconstruct held-out images; every rank computes, since ZeRO-3 needs them all, and the first draws."""
-        config = self.config
-        if self._pictured is None:
-            held_out = config.log.images
-            index = _open_index(held_out, config, self.ranks) if held_out else self.index
-            images = load_images(index, config.data, min(config.log.n_images, len(index)))
-            self._pictured = images.to(self.ranks.device)
-        images = self._pictured
-        self.objective.eval()
-        places = torch.arange(len(images), device=images.device)
-        mask = self.objective.sample_mask(torch.zeros_like(places), places)
-        rebuilt = self.objective.reconstruct(images, mask)
-        self.objective.train()
+        rebuilt = self.sheet.rebuild(self.objective)
         if self.metrics is not None:
-            from fastmim.pictures import draw_loss, draw_reconstructions
-
             path = self.run_folder / "reconstructions.png"
-            title = f"step {self.step}, {config.mask.ratio:.0%} of the patches removed"
-            note = self.objective.note_on_pictures()
-            draw_reconstructions(
-                path,
-                images.cpu(),
-                mask.mask.cpu(),
-                rebuilt.cpu(),
-                config.model.patch_size,
-                f"{title}\n{note}".strip(),
-            )
+            self.sheet.draw(path, self.objective, rebuilt, f"step {self.step}")
             self.metrics.add_image("reconstructions", path, self.step)
             draw_loss(self.run_folder / "loss.png", read_records(self.metrics.path))
+
+    def _open_sheet(self) -> Sheet:
+        """Read the images to reconstruct at once, so that a bad one is not found out hours into the run."""
+        config = self.config
+        index = open_index(config.log.images, config.data, self.ranks) if config.log.images else self.index
+        images = load_images(index, config.data, min(config.log.n_images, len(index)))
+        return Sheet(images.to(self.ranks.device), config)
 
     def _open_run(self) -> None:
         config = self.config
@@ -301,27 +288,6 @@ class Trainer:
             f"{optim.accumulation} accumulation x {micro_batch}); "
             f"lr {optim.lr:.3e} = blr {optim.blr:.3e} x {optim.batch_size} / 256"
         )
-
-    def _tell_end(self) -> None:
-        run = self.run_folder
-        records = read_records(run / "metrics.jsonl")
-        lines = [f"finished {self.step} steps in {run}/"]
-        if records:
-            rates = sorted(record["images_per_s"] for record in records)
-            lines.append(f"  images/s      {rates[len(rates) // 2]:.0f} (median of {len(rates)} records)")
-            lines.append(
-                f"  peak memory   {records[-1]['peak_memory_bytes'] / 2**30:.1f} GiB on the first rank"
-            )
-        kept = {
-            "checkpoint": manifests.checkpoint_path(run, self.step),
-            "metrics": run / "metrics.jsonl",
-            "tensorboard": run / "tensorboard",
-            "pictures": run / "reconstructions.png",
-            "loss curve": run / "loss.png",
-        }
-        lines += [f"  {name:<13} {path}" for name, path in kept.items() if path.exists()]
-        lines.append(f"next: fastmim reconstruct --checkpoint {run} --images FOLDER --out pictures.png")
-        logger.info("\n".join(lines))
 
 
 def _check_zero_fragment(config: Config) -> None:
@@ -341,29 +307,6 @@ def _start_distributed(ranks: Ranks) -> None:
     ranks.open_host_group()
     if ranks.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
-
-
-def _open_index(source: str, config: Config, ranks: Ranks) -> Index:
-    """Scan on each node's first rank, read the cache on the others, and see that all found the same images."""
-    ranks.run_on_first(lambda: build_index(source, config.data), each_node=True)
-    index = build_index(source, config.data, progress=False)
-    prints = ranks.gather(index.fingerprint)
-    if len(set(prints)) > 1:
-        other = next(rank for rank, fingerprint in enumerate(prints) if fingerprint != prints[0])
-        raise ConfigError(f"data.source={source!r} holds other images on rank {other} than on rank 0")
-    return index
-
-
-def _find_checkpoint(run: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
-    if resume not in ("auto", "none"):
-        return manifests.resolve(Path(resume))
-    if resume == "auto":
-        return manifests.newest_whole(run)
-    if manifests.list_checkpoints(run):
-        raise CheckpointError(
-            f"--resume none: {run} already holds checkpoints; expected another output, or --resume auto"
-        )
-    return None
 
 
 def _build_engine(config: Config, objective: nn.Module, precision: str, micro_batch: int):

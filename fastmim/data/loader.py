@@ -14,7 +14,7 @@ from fastmim.config import DataConfig
 from fastmim.data.decoder import DECODE_ERRORS, Decoder, Probe
 from fastmim.data.index import Index
 from fastmim.data.schedule import Plan, Schedule
-from fastmim.errors import DataError, TrainingAborted
+from fastmim.errors import DataError, TooManyBadImages
 
 _MAX_ATTEMPTS = 64
 _BAD_SHOWN = 20
@@ -148,7 +148,7 @@ class Loader:
         """Find the bad images of what is under way, and start it again without them.
 
         Raises:
-            TrainingAborted: when too many images are bad.
+            TooManyBadImages: when too many images are bad.
             Exception: `error`, when every image decodes on its own.
         """
         self._decoder.close()
@@ -195,7 +195,7 @@ class Loader:
         if len(self.bad) > self._allowed_bad or len(self.bad) == len(self.index):
             raise self._too_many_bad()
 
-    def _too_many_bad(self) -> TrainingAborted:
+    def _too_many_bad(self) -> TooManyBadImages:
         lines = [
             f"{len(self.bad)} of {len(self.index)} images cannot be decoded; expected at most {self._allowed_bad} "
             f"(data.max_bad_fraction={self.config.max_bad_fraction:g})"
@@ -203,7 +203,7 @@ class Loader:
         lines += [f"  {self.index.name(i)}: {why}" for i, why in list(self.bad.items())[:_BAD_SHOWN]]
         if len(self.bad) > _BAD_SHOWN:
             lines.append(f"  and {len(self.bad) - _BAD_SHOWN} more")
-        return TrainingAborted("\n".join(lines))
+        return TooManyBadImages("\n".join(lines))
 
 
 def load_images(index: Index, config: DataConfig, n: int) -> Tensor:

@@ -45,7 +45,11 @@ def pairs_of(ours, peer):
                 rows = getattr(block.attn.qkv, part).chunk(3)
                 for piece, name in zip(rows, ("q_proj", "k_proj", "v_proj"), strict=True):
                     yield f"{i}.{name}.{part}", piece, getattr(getattr(layer.attention, name), part)
-                yield f"{i}.proj.{part}", getattr(block.attn.proj, part), getattr(layer.attention.o_proj, part)
+                yield (
+                    f"{i}.proj.{part}",
+                    getattr(block.attn.proj, part),
+                    getattr(layer.attention.o_proj, part),
+                )
                 yield f"{i}.norm1.{part}", getattr(block.norm1, part), getattr(layer.layernorm_before, part)
                 yield f"{i}.norm2.{part}", getattr(block.norm2, part), getattr(layer.layernorm_after, part)
                 yield f"{i}.fc1.{part}", getattr(block.mlp.fc1, part), getattr(layer.mlp.fc1, part)
