@@ -72,8 +72,9 @@ class Metrics:
             import numpy as np
             from PIL import Image
 
-            picture = np.asarray(Image.open(path).convert("RGB"))
-            self._tensorboard.add_image(name, picture, step, dataformats="HWC")
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and end all sinks."""

@@ -303,6 +303,9 @@ def _start_distributed(ranks: Ranks) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if ranks.world_size == 1:
         os.environ.setdefault("MASTER_PORT", "0")
+    # DeepSpeed would compile an operator for ranks that share a CPU. Training does not get faster by it, and it
+    # would need a compiler, a lock that a killed run leaves behind, and a path without spaces.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
     ranks.open_host_group()
     if ranks.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:

@@ -1,0 +1,84 @@
+"""Every attention backend against a float64 transcription, and the choice among them."""
+
+import logging
+
+import pytest
+import torch
+
+from fastmim.errors import ConfigError
+from fastmim.models.attention import Attention, attend, choose_attention
+
+
+def exact_attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v, head by head."""
+    result = torch.empty_like(q)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            scores = q[b, :, h] @ k[b, :, h].T / q.shape[-1] ** 0.5
+            result[b, :, h] = torch.softmax(scores, dim=-1) @ v[b, :, h]
+    return result
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "matmul"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backends_compute_attention_and_its_gradient(backend, dtype):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 37, 3, 16, dtype=torch.float64) for _ in range(3)]
+    weight = torch.randn(2, 37, 3, 16, dtype=torch.float64)
+    exact = [x.clone().requires_grad_() for x in inputs]
+    got = [x.to(dtype).requires_grad_() for x in inputs]
+    want = exact_attention(*exact)
+    have = attend(*got, backend)
+    assert have.dtype == dtype
+    (want * weight).sum().backward()
+    (have.double() * weight).sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(have.double(), want, rtol=tolerance, atol=tolerance)
+    for a, b in zip(got, exact, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_module_has_timms_parameters_and_result():
+    from timm.layers.attention import Attention as TimmAttention
+
+    torch.manual_seed(0)
+    theirs = TimmAttention(32, num_heads=4, qkv_bias=True)
+    x = torch.randn(2, 9, 32)
+    for backend in ("sdpa", "matmul"):
+        ours = Attention(32, num_heads=4, backend=backend)
+        ours.load_state_dict(theirs.state_dict())
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.fixture
+def choose():
+    choose_attention.cache_clear()
+    yield choose_attention
+    choose_attention.cache_clear()
+
+
+def test_auto_chooses_what_runs_and_says_so_once(choose, caplog):
+    caplog.set_level(logging.INFO, logger="fastmim")
+    logging.getLogger("fastmim").propagate = True
+    assert choose("auto", "cpu", "fp32") == "sdpa"
+    assert choose("auto", "cpu", "bf16") == "matmul"
+    assert choose("auto", "cuda", "bf16") == "xformers"
+    assert choose("sdpa", "cuda", "bf16") == "sdpa"
+    assert choose("auto", "cpu", "fp32") == "sdpa"
+    assert [record.message for record in caplog.records if record.name == "fastmim"] == [
+        "attention: sdpa (xformers has no cpu operator)",
+        "attention: matmul (faster than sdpa in bf16 on a CPU)",
+        "attention: xformers (memory-efficient, on CUDA)",
+        "attention: sdpa (asked for)",
+    ]
+
+
+def test_xformers_is_refused_where_it_cannot_run(choose):
+    with pytest.raises(ConfigError, match=r"train.attention='xformers' on cpu: it runs on CUDA only"):
+        choose("xformers", "cpu")
+
+
+@pytest.mark.gpu
+def test_xformers_agrees_with_sdpa():
+    q, k, v = (torch.randn(2, 50, 4, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    torch.testing.assert_close(attend(q, k, v, "xformers"), attend(q, k, v, "sdpa"), rtol=2e-2, atol=2e-2)
