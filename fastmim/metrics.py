@@ -1,7 +1,9 @@
 """What a run tells: JSON lines, TensorBoard, Weights & Biases, a progress bar or plain lines."""
 
+import importlib.util
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,8 +88,8 @@ class Metrics:
             self._wandb.finish()
 
 
-def describe_end(run: Path, step: int) -> str:
-    """What a finished run left, and what to try next."""
+def describe_end(run: Path, step: int, images: str) -> str:
+    """What a finished run left, and what to try next, on `images`."""
     records = read_records(run / "metrics.jsonl")
     lines = [f"finished {step} steps in {run}/"]
     if records:
@@ -103,8 +105,17 @@ def describe_end(run: Path, step: int) -> str:
         "config": run / "config.yaml",
     }
     lines += [f"  {name:<13} {path}" for name, path in kept.items() if path.exists()]
-    lines.append(f"next: fastmim reconstruct --checkpoint {run} --images FOLDER --out pictures.png")
+    lines.append(f"next: {_command()} reconstruct --checkpoint {run} --images {images} --out pictures.png")
     return "\n".join(lines)
+
+
+def _command() -> str:
+    """`fastmim`, or its path where this environment is not activated and the shell would not find it."""
+    script = Path(sys.executable).with_name("fastmim")
+    if sys.prefix == sys.base_prefix or os.environ.get("VIRTUAL_ENV") == sys.prefix or not script.exists():
+        return "fastmim"
+    here = Path.cwd()
+    return str(script.relative_to(here) if script.is_relative_to(here) else script)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -130,13 +141,19 @@ def _open_tensorboard(run: Path, start_step: int):
     return SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 
 
+def check_sinks(config: Config) -> None:
+    """Refuse a sink that is not installed.
+
+    Raises:
+        ConfigError: what to install.
+    """
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("log.wandb=true: wandb is not installed; pip install wandb, or log.wandb=false")
+
+
 def _open_wandb(config: Config):
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError(
-            "log.wandb=true: wandb is not installed; pip install wandb, or log.wandb=false"
-        ) from None
+    import wandb
+
     run = Path(config.output)
     return wandb.init(
         dir=run, name=run.name, config=config.model_dump(mode="json"), resume="allow", id=run.name

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from torch import Tensor
 
-GREY = 128
+MASKED = 225  # lighter than most of a photograph, so that holes are seen as holes
 
 
 def draw_reconstructions(
@@ -29,7 +29,7 @@ def draw_reconstructions(
     n, height, width, _ = originals.shape
     hidden = removed.view(n, height // patch_size, width // patch_size)
     hidden = hidden.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
-    masked = originals.masked_fill(hidden[..., None], GREY)
+    masked = originals.masked_fill(hidden[..., None], MASKED)
     columns = {"original": originals, "masked": masked, "reconstruction": reconstructions}
     # Two pictures a row: a sheet of eight stays on a screen.
     pairs = 2 if n > 1 else 1

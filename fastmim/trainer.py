@@ -25,7 +25,7 @@ from fastmim.ema import EMA
 from fastmim.errors import ConfigError, TrainingAborted
 from fastmim.flops import mae_step_flops, peak_flops
 from fastmim.kernels.philox import STREAM_DROP, philox_4x32
-from fastmim.metrics import Metrics, describe_end, read_records, set_up_logging
+from fastmim.metrics import Metrics, check_sinks, describe_end, read_records, set_up_logging
 from fastmim.models.attention import choose_attention
 from fastmim.objectives import build_objective
 from fastmim.optim import GuardedAdamW, learning_rate, parameter_groups
@@ -80,6 +80,7 @@ class Trainer:
         precision = choose_precision(config.train.precision, ranks.device)
         attention = choose_attention(config.train.attention, ranks.device.type, precision)
         _check_zero_fragment(config)
+        check_sinks(config)
         _start_distributed(ranks)
         self.index = open_index(config.require_source(), config.data, ranks)
         self.sheet = self._open_sheet() if config.log.reconstruct_every_steps else None
@@ -159,7 +160,8 @@ class Trainer:
         if profiler is not None:
             profiler.stop()
         if self.step == self.last_step:
-            logger.info(describe_end(self.run_folder, self.step))
+            images = config.log.images or config.require_source()
+            logger.info(describe_end(self.run_folder, self.step, images))
 
     def close(self) -> None:
         """Release decoding threads, files and the process group."""

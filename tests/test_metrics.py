@@ -79,10 +79,10 @@ def test_plain_lines_name_what_is_not_finite(config, caplog):
 
 def test_the_end_names_what_is_there_and_nothing_else(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record(7)) + "\n")
-    text = describe_end(tmp_path, 7)
+    text = describe_end(tmp_path, 7, "photos")
     assert "finished 7 steps" in text and "100 (median of 1 records)" in text
     assert "metrics.jsonl" in text and "reconstructions.png" not in text
-    assert f"fastmim reconstruct --checkpoint {tmp_path}" in text
+    assert f"fastmim reconstruct --checkpoint {tmp_path} --images photos" in text
 
 
 def test_window_leaves_non_finite_losses_out_and_counts_rows_of_skips():

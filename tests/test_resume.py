@@ -104,6 +104,13 @@ def test_two_zero_ranks_stop_together_and_go_on(recipe):
     assert "world size 1 (the checkpoint has 2)" in refused.stdout
 
 
+def test_checkpoints_come_by_the_clock_too_and_the_last_are_kept(recipe):
+    arguments = ["output=clock", "checkpoint.every_minutes=1.0e-9", "checkpoint.keep=3", "train.max_steps=5"]
+    train(recipe, "data.source=images", *arguments, ranks=2)
+    kept = manifests.list_checkpoints(recipe.parent / "clock")
+    assert [path.name for path in kept] == [f"step-{step:09d}" for step in (5, 4, 3)]
+
+
 def test_a_finished_run_is_told_to_be_finished(recipe, uninterrupted):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     done = launch(recipe, *COMMON, "output=whole", "model.drop_path=0.2")

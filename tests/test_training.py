@@ -2,11 +2,13 @@
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
 import pytest
-from launching import TINY_YAML, launch, losses, train, write_images
+from launching import TINY_YAML, environment, launch, losses, records, train, write_images
 from PIL import Image
 
 
@@ -59,10 +61,41 @@ def test_how_a_step_is_computed_does_not_change_it(recipe, one_rank, variant):
 
 
 def test_the_real_kernels_interpreted_give_the_references_losses(recipe, one_rank):
-    got = train(
-        recipe, "data.source=images", "output=interpret", "train.max_steps=3", FASTMIM_KERNELS="interpret"
+    arguments = ["data.source=images", "output=interpret", "train.max_steps=3"]
+    done = launch(recipe, *arguments, FASTMIM_KERNELS="interpret")
+    assert done.returncode == 0, done.stdout
+    assert "cpu tensors: Triton kernels (FASTMIM_KERNELS=interpret)" in done.stdout
+    np.testing.assert_allclose(losses(records(recipe.parent / "interpret")), one_rank[:3], rtol=1e-5)
+
+
+FP16 = """
+import sys
+from deepspeed.accelerator import get_accelerator
+get_accelerator().is_fp16_supported = lambda: True  # slow on most CPUs, but computed
+import fastmim.trainer as trainer
+from fastmim import recipes
+trainer.choose_precision = lambda *_: "fp16"
+sys.exit(trainer.train(recipes.load(sys.argv[1], sys.argv[2:])))
+"""
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_fp16_with_loss_scaling_follows_fp32(recipe, one_rank, stage):
+    (recipe.parent / "fp16.py").write_text(FP16)
+    arguments = [recipe.name, "data.source=images", f"output=fp16_{stage}", "train.max_steps=8"]
+    arguments.append(f"deepspeed.zero_optimization.stage={stage}")
+    done = subprocess.run(
+        [sys.executable, "fp16.py", *arguments],
+        cwd=recipe.parent,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    np.testing.assert_allclose(losses(got), one_rank[:3], rtol=1e-5)
+    assert done.returncode == 0, done.stderr
+    got = records(recipe.parent / f"fp16_{stage}")
+    assert got[-1]["skipped_steps"] == 0
+    np.testing.assert_allclose(losses(got), one_rank[:8], rtol=0.02)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
@@ -183,6 +216,8 @@ def test_non_finite_steps_are_skipped_then_the_run_aborts(recipe, precision, sta
         (["train.attention=xformers"], "train.attention='xformers' on cpu: it runs on CUDA only"),
         (["deepspeed.zero_optimization.stagee=1"], "deepspeed.zero_optimization.stagee"),
         (["optim.batch_size=9"], "optim.batch_size=9; expected a multiple of 2 (2 ranks x"),
+        (["log.wandb=true"], "log.wandb=true: wandb is not installed; pip install wandb"),
+        (["train.precision=fp16"], "train.precision='fp16': this cpu does not compute it"),
         (["--resume", "nowhere"], "nowhere does not exist; expected a run or a checkpoint directory"),
     ],
 )
