@@ -5,10 +5,12 @@ work under `torch.compile(fullgraph=True)`. They import nothing of fastmim: torc
 `_dispatch` describes FASTMIM_KERNELS, which chooses between Triton kernels and plain PyTorch.
 """
 
-from .gather_patches import gather_patches, gather_patches_reference
-from .gather_tokens import gather_tokens, gather_tokens_reference
-from .masked_pixel_loss import masked_pixel_loss, masked_pixel_loss_reference
-from .unshuffle import unshuffle, unshuffle_reference
+# By full name: transformers probes for another package called `kernels` by importing it, finds this folder where
+# the repository's root is on the path, and would register every operation a second time.
+from fastmim.kernels.gather_patches import gather_patches, gather_patches_reference
+from fastmim.kernels.gather_tokens import gather_tokens, gather_tokens_reference
+from fastmim.kernels.masked_pixel_loss import masked_pixel_loss, masked_pixel_loss_reference
+from fastmim.kernels.unshuffle import unshuffle, unshuffle_reference
 
 __all__ = [
     "gather_patches",

@@ -5,10 +5,10 @@ import sys
 import zipfile
 
 import pytest
-from launching import ROOT, TINY_YAML, environment, train, write_images
 from PIL import Image
 
 from fastmim.cli import main
+from tests.launching import ROOT, TINY_YAML, environment, train, write_images
 
 
 def fastmim(*arguments, cwd=None):

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from launching import SCRIPTS, environment
+from tests.launching import SCRIPTS, environment
 
 SCRIPT = """
 import json, os, sys

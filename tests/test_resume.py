@@ -6,10 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import TINY_YAML, launch, losses, records, signal_group, start, train, wait_for, write_images
 from safetensors.torch import load_file
 
 from fastmim import manifest as manifests
+from tests.launching import (
+    TINY_YAML,
+    launch,
+    losses,
+    records,
+    signal_group,
+    start,
+    train,
+    wait_for,
+    write_images,
+)
 
 STEPS = 24
 

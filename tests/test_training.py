@@ -8,8 +8,9 @@ import tarfile
 
 import numpy as np
 import pytest
-from launching import TINY_YAML, environment, launch, losses, records, train, write_images
 from PIL import Image
+
+from tests.launching import TINY_YAML, environment, launch, losses, records, train, write_images
 
 
 @pytest.fixture(scope="module")

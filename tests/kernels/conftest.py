@@ -1,13 +1,8 @@
 import functools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from fastmim.kernels import _dispatch
-
-# pytest's importlib mode leaves sys.path alone; the helper module beside this file is imported by name.
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 import torch
 from fastmim.kernels import gather_patches, gather_tokens, masked_pixel_loss, unshuffle
-from kernel_testing import constants, random_images
+
+from tests.kernels.kernel_testing import constants, random_images
 
 MEAN, STD = constants(3)
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 import triton
 from fastmim.kernels import _dispatch, gather_patches, gather_tokens, masked_pixel_loss, unshuffle
-from kernel_testing import constants, random_images, split_ids
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from tests.kernels.kernel_testing import constants, random_images, split_ids
 
 POINTERS = {torch.uint8: "*u8", torch.int64: "*i64", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 

@@ -121,3 +121,9 @@ def test_kernels_import_torch_and_triton_only():
             for module in modules:
                 top = module.split(".")[0]
                 assert top in ("torch", "triton") or top in sys.stdlib_module_names, f"{path.name}: {module}"
+
+
+def test_the_folder_imported_by_its_bare_name_registers_nothing_twice():
+    code = "import fastmim.kernels, kernels; assert kernels.unshuffle is fastmim.kernels.unshuffle"
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -1,7 +1,8 @@
 import pytest
 import torch
 from fastmim.kernels import gather_patches, gather_patches_reference
-from kernel_testing import (
+
+from tests.kernels.kernel_testing import (
     DTYPES,
     INDEX_DTYPES,
     LAYOUTS,

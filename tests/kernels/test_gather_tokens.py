@@ -1,7 +1,8 @@
 import pytest
 import torch
 from fastmim.kernels import gather_tokens, gather_tokens_reference
-from kernel_testing import DTYPES, INDEX_DTYPES, split_ids
+
+from tests.kernels.kernel_testing import DTYPES, INDEX_DTYPES, split_ids
 
 SHAPES = [(1, 1, 1, 1), (2, 5, 3, 7), (3, 17, 4, 64), (2, 10, 10, 300), (2, 70, 66, 16)]
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 from fastmim.kernels import masked_pixel_loss, masked_pixel_loss_reference
-from kernel_testing import (
+
+from tests.kernels.kernel_testing import (
     DTYPES,
     INDEX_DTYPES,
     LAYOUTS,

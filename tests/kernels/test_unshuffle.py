@@ -1,7 +1,8 @@
 import pytest
 import torch
 from fastmim.kernels import unshuffle, unshuffle_reference
-from kernel_testing import DTYPES, INDEX_DTYPES, assert_error_budget, rounding_factor, split_ids
+
+from tests.kernels.kernel_testing import DTYPES, INDEX_DTYPES, assert_error_budget, rounding_factor, split_ids
 
 # batch, patches, kept, width; 65 and 130 rows cross the 64 rows that a backward program takes
 SHAPES = [(1, 1, 1, 1), (2, 6, 2, 5), (3, 16, 4, 64), (2, 64, 16, 24), (2, 129, 7, 8), (2, 5, 5, 300)]
