@@ -25,8 +25,8 @@ lint: .venv/ready
 	PYTHONWARNINGS=ignore "$(BIN)/python" -m pip install --quiet --editable ".[demo,dev]"
 	touch $@
 
-data/elpv/train: .venv/ready
+data/elpv/train: | .venv/ready
 	"$(BIN)/fastmim" data elpv --out data/elpv
 
 clean:
-	rm -rf .venv data runs *.egg-info
+	rm -rf .venv build *.egg-info

@@ -8,7 +8,7 @@ import os
 import sys
 
 from fastmim import recipes
-from fastmim.errors import FastmimError, TooManyBadImages
+from fastmim.errors import ConfigError, FastmimError
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -24,8 +24,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--resume",
         default="auto",
         metavar="auto|PATH|none",
-        help="auto: the newest whole checkpoint of the output folder, if any (default); PATH: a run or a checkpoint; "
-        "none: start anew, in a folder without checkpoints",
+        help="the output folder's newest checkpoint if any (default), that of a run or checkpoint PATH, or a new run",
     )
     parser.add_argument(
         "--local_rank", type=int, default=None, help=argparse.SUPPRESS
@@ -45,12 +44,15 @@ def main() -> int:
         config = recipes.load(args.config, args.overrides)
         config.micro_batch(int(os.environ.get("WORLD_SIZE", "1")))
         config.require_source()
+        try:
+            import fastmim.kernels  # noqa: F401 (reads FASTMIM_KERNELS)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         from fastmim.trainer import train  # torch and DeepSpeed load only for a configuration that can run
 
         return train(config, args.resume)
     except FastmimError as error:
-        # Every rank meets the same error, but for one that is a single rank's own.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, TooManyBadImages):
+        if os.environ.get("RANK", "0") == "0" or not error.everywhere:
             print(f"launch.py: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 

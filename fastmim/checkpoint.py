@@ -38,7 +38,13 @@ FREE_KEYS = (
     "train.max_steps",
     "train.profile",
     "train.peak_tflops",
-    "deepspeed",
+    "train.precision",  # compared as it was resolved
+    "deepspeed.comms_logger",
+    "deepspeed.dump_state",
+    "deepspeed.flops_profiler",
+    "deepspeed.memory_breakdown",
+    "deepspeed.wall_clock_breakdown",
+    "deepspeed.zero_optimization.stage",  # compared with its default
 )
 
 
@@ -46,6 +52,7 @@ def save(
     engine: DeepSpeedEngine,
     ranks: Ranks,
     config: Config,
+    precision: str,
     step: int,
     state: dict[str, Any],
     ema: EMA | None = None,
@@ -56,6 +63,7 @@ def save(
         engine: of the run.
         ranks: of the run.
         config: of the run; stored, and compared when the run is taken up again.
+        precision: the number format, as it was resolved.
         step: optimiser steps done; all that a resume needs of data, crops and masks.
         state: what else to store; JSON.
         ema: averaged weights to store too.
@@ -76,6 +84,7 @@ def save(
         "step": step,
         "world_size": ranks.world_size,
         "zero_stage": config.zero_stage,
+        "precision": precision,
         "config": config.model_dump(mode="json"),
         "state": state,
         "versions": {name: importlib.metadata.version(name) for name in ("fastmim", "torch", "deepspeed")},
@@ -101,12 +110,19 @@ def load(engine: DeepSpeedEngine, checkpoint: Path, ema: EMA | None = None) -> N
                 _set_full_parameter(engine, parameter, averages[name].to(parameter.device))
 
 
-def check_same_run(manifest: dict[str, Any], config: Config, ranks: Ranks, fingerprint: str) -> None:
+def check_same_run(
+    manifest: dict[str, Any], config: Config, ranks: Ranks, precision: str, fingerprint: str
+) -> None:
     """Refuse to continue a run as another one.
 
     Raises:
         CheckpointError: names each key that differs, the stored and the given value.
     """
+    missing = {"config", "state", "world_size", "zero_stage", "precision"} - manifest.keys()
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint's manifest lacks {', '.join(sorted(missing))}; it is not of this version"
+        )
     stored, given = _flatten(manifest["config"]), _flatten(config.model_dump(mode="json"))
     differing = [
         f"{key}={given.get(key)!r} (the checkpoint has {stored.get(key)!r})"
@@ -118,7 +134,8 @@ def check_same_run(manifest: dict[str, Any], config: Config, ranks: Ranks, finge
             f"data.source={config.data.source!r} holds other images (fingerprint {fingerprint[:12]}, "
             f"the checkpoint has {manifest['state']['fingerprint'][:12]})"
         )
-    for key, value in (("world_size", ranks.world_size), ("zero_stage", config.zero_stage)):
+    facts = {"world_size": ranks.world_size, "zero_stage": config.zero_stage, "precision": precision}
+    for key, value in facts.items():
         if manifest[key] != value:
             differing.append(f"{key.replace('_', ' ')} {value} (the checkpoint has {manifest[key]})")
     if differing:

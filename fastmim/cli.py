@@ -9,12 +9,24 @@ from fastmim.errors import FastmimError
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a sub-command; the exit code is 0, or 2 after one line that says what was wrong."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    # An override may stand after an option: argparse leaves it over.
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     try:
         args.run(args)
     except FastmimError as error:
         print(f"fastmim {args.command}: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(
+            f"fastmim {args.command}: {error.filename or 'a file'}: {error.strerror or error}",
+            file=sys.stderr,
+        )
+        return FastmimError.exit_code
     return 0
 
 
@@ -34,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     index = commands.add_parser("index", help="scan a source of images and say what is in it")
     index.add_argument("source", metavar="SOURCE", help="image folder, tar shards (a glob) or .npy array")
     index.add_argument("--refresh", action="store_true", help="read every file again")
+    index.add_argument("--all", action="store_true", help="name every file that was left out")
     index.add_argument(
         "overrides", nargs="*", metavar="data.key=value", help="limits and channels, as in a recipe"
     )
@@ -65,7 +78,8 @@ def _index(args: argparse.Namespace) -> None:
     from fastmim.data.index import build_index
 
     config = recipes.override(args.overrides).data
-    print(build_index(args.source, config, refresh=args.refresh).summary())
+    index = build_index(args.source, config, refresh=args.refresh, option="SOURCE")
+    print(index.summary(len(index.rejected)) if args.all else index.summary())
 
 
 def _reconstruct(args: argparse.Namespace) -> None:

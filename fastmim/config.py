@@ -4,11 +4,11 @@ Every section is frozen and refuses unknown keys. `fastmim.recipes.load` turns a
 overrides into a `Config`.
 """
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from fastmim.deepspeed_fragment import check_fragment
 from fastmim.errors import ConfigError
 
 MODEL_SIZES = {  # width, depth, heads
@@ -17,43 +17,6 @@ MODEL_SIZES = {  # width, depth, heads
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
-}
-
-# DeepSpeed ignores an unknown top-level key silently, so the accepted ones are listed here.
-DEEPSPEED_KEYS = {
-    "aio",
-    "comms_logger",
-    "communication_data_type",
-    "data_types",
-    "disable_allgather",
-    "dump_state",
-    "flops_profiler",
-    "gradient_allreduce_op",
-    "gradient_predivide_factor",
-    "memory_breakdown",
-    "prescale_gradients",
-    "wall_clock_breakdown",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-}
-DEEPSPEED_OWNED = {
-    "train_batch_size": "optim.batch_size",
-    "train_micro_batch_size_per_gpu": "optim.batch_size and optim.accumulation",
-    "gradient_accumulation_steps": "optim.accumulation",
-    "gradient_clipping": "optim.clip_grad",
-    "optimizer": "optim",
-    "scheduler": "optim",
-    "bf16": "train.precision",
-    "bfloat16": "train.precision",
-    "fp16": "train.precision",
-    "torch_autocast": "train.precision",
-    "activation_checkpointing": "train.activation_checkpointing",
-    "checkpoint": "checkpoint",
-    "compile": "train.compile",
-    "steps_per_print": "log.every_steps",
-    "tensorboard": "log.tensorboard",
-    "wandb": "log.wandb",
 }
 
 
@@ -66,7 +29,7 @@ def _as_list(value: Any) -> Any:
 
 
 Positive = Annotated[int, Field(gt=0)]
-Height_Width = Annotated[tuple[Positive, Positive], BeforeValidator(_as_pair)]
+HeightWidth = Annotated[tuple[Positive, Positive], BeforeValidator(_as_pair)]
 PerChannel = Annotated[list[float], BeforeValidator(_as_list)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -114,7 +77,7 @@ class ModelConfig(Section):
                 raise ValueError(f"model.size=None needs model.{', model.'.join(missing)}")
             return values
         # An unknown size is reported once, by its own field.
-        width, depth, heads = MODEL_SIZES.get(size, MODEL_SIZES["base"])
+        width, depth, heads = MODEL_SIZES.get(str(size), MODEL_SIZES["base"])
         return {"width": width, "depth": depth, "heads": heads, **values}
 
     @model_validator(mode="after")
@@ -160,12 +123,13 @@ class DataConfig(Section):
 
     source: str | None = None
     """An image folder, a tar shard or a glob of shards, or an .npy uint8 array [n, H, W] or [n, H, W, C]."""
-    image_size: Height_Width = (224, 224)
+    image_size: HeightWidth = (224, 224)
     """Height and width in pixels of what the model sees."""
     channels: int = Field(3, gt=0)
-    mean: PerChannel = [0.485, 0.456, 0.406]
-    """Per channel, in units where white is 1."""
-    std: PerChannel = [0.229, 0.224, 0.225]
+    mean: PerChannel = Field(default=None)  # type: ignore[assignment]
+    """Per channel, in units where white is 1; ImageNet's for 3 channels, else 0.5, unless given."""
+    std: PerChannel = Field(default=None)  # type: ignore[assignment]
+    """Likewise; ImageNet's for 3 channels, else 0.25, unless given."""
     crop: Literal["random_resized_crop", "center_crop"] = "random_resized_crop"
     scale: tuple[float, float] = (0.2, 1.0)
     """Area of a random crop over the image's area, lowest and highest."""
@@ -186,6 +150,18 @@ class DataConfig(Section):
     """Decoding threads per rank; the machine's cores over its ranks unless given."""
     prefetch: int = Field(2, gt=0)
     """Batches decoded ahead."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_statistics(cls, values: Any) -> Any:
+        channels = values.get("channels", 3) if isinstance(values, dict) else None
+        if not isinstance(channels, int) or channels < 1:
+            return values
+        of_imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+        return {
+            **(of_imagenet if channels == 3 else {"mean": [0.5] * channels, "std": [0.25] * channels}),
+            **values,
+        }
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -365,18 +341,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _deepspeed_fits(self):
-        for key in self.deepspeed:
-            if key in DEEPSPEED_OWNED:
-                raise ValueError(f"deepspeed.{key} is set by {DEEPSPEED_OWNED[key]}; set it there")
-            if key not in DEEPSPEED_KEYS:
-                raise ValueError(
-                    f"deepspeed.{key}: unknown key; expected one of {', '.join(sorted(DEEPSPEED_KEYS))}"
-                )
-        zero = self.deepspeed.get("zero_optimization", {})
-        if not isinstance(zero, dict):
-            raise ValueError(f"deepspeed.zero_optimization={zero!r}; expected a mapping such as {{stage: 2}}")
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError(f"deepspeed.zero_optimization.stage={self.zero_stage!r}; expected 0, 1, 2 or 3")
+        check_fragment(self.deepspeed)
         if self.train.compile and self.zero_stage == 3:
             raise ValueError(
                 "train.compile=true with deepspeed.zero_optimization.stage=3; expected stage 0, 1 or 2"
@@ -390,6 +355,4 @@ class Config(Section):
                 "data.source is not set; expected a folder of images, tar shards or an .npy file "
                 "(add data.source=PATH)"
             )
-        return (
-            str(Path(self.data.source).expanduser()) if self.data.source.startswith("~") else self.data.source
-        )
+        return self.data.source

@@ -21,9 +21,14 @@ class EMA:
         self.averages = [master.detach().clone() for master in masters]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """average = decay * average + (1 - decay) * master."""
-        torch._foreach_lerp_(self.averages, [m.detach() for m in self.masters], 1 - self.decay)
+    def update(self, skipped: Tensor | float) -> None:
+        """average = decay * average + (1 - decay) * master; a skipped step (1) changes nothing."""
+        if isinstance(skipped, Tensor):  # known to the device alone
+            weight = (1 - self.decay) * (1 - skipped)
+            for average, master in zip(self.averages, self.masters, strict=True):
+                average.lerp_(master.detach(), weight)
+        elif not skipped:
+            torch._foreach_lerp_(self.averages, [m.detach() for m in self.masters], 1 - self.decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -2,13 +2,26 @@
 
 
 class FastmimError(Exception):
-    """A problem whose message names what, got and wanted. `exit_code` is what the process ends with."""
+    """A problem whose message names what, got and wanted.
+
+    Attributes:
+        exit_code: what the process ends with.
+        everywhere: whether every rank raises it, so that one rank's word is enough.
+    """
 
     exit_code = 2
+    everywhere = False
+
+    def __init__(self, message: str, everywhere: bool | None = None):
+        super().__init__(message)
+        if everywhere is not None:
+            self.everywhere = everywhere
 
 
 class ConfigError(FastmimError):
     """A configuration that cannot be run: a key, its value and what is accepted."""
+
+    everywhere = True
 
 
 class DataError(FastmimError):
@@ -18,12 +31,10 @@ class DataError(FastmimError):
 class CheckpointError(FastmimError):
     """A checkpoint that is missing, incomplete, altered, or of another run."""
 
+    everywhere = True
+
 
 class TrainingAborted(FastmimError):  # noqa: N818 (an outcome, not a mistake)
     """A run that was stopped because going on would waste it: too many bad images or skipped steps."""
 
     exit_code = 3
-
-
-class TooManyBadImages(TrainingAborted):
-    """Raised on the rank that met them, alone."""

@@ -1,16 +1,19 @@
 """Checkpoint directories that are whole or absent: written aside, listed with their hashes, then renamed.
 
 RUN/checkpoints/step-000001200/   manifest.json, model.safetensors, deepspeed/...
-RUN/latest                        the name of the newest one
+RUN/latest                        the name of the one written last, for people and scripts
+RUN/.lock                         held while a run writes here
 """
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
+import socket
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastmim.errors import CheckpointError
 
@@ -61,7 +64,7 @@ def publish(run: Path, step: int, manifest: dict[str, Any], keep: int) -> Path:
     written.rename(path)
     _flush_folder(path.parent)
     write_durably(run / "latest", path.name + "\n")
-    for old in list_checkpoints(run)[keep:]:
+    for old in [other for other in list_checkpoints(run) if other != path][keep - 1 :]:
         shutil.rmtree(old)
     return path
 
@@ -85,6 +88,33 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def lock(run: Path) -> IO[str]:
+    """Hold a run's folder for this process; the lock ends with it, or when the file is closed.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    file = (run / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise CheckpointError(
+            f"{run} is being written by {holder or 'another run'}; expected another output"
+        ) from None
+    except OSError as error:
+        logger.warning(
+            "%s cannot be locked (%s): take care that no other run writes there", run, error.strerror
+        )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """The published checkpoints of a run, newest first."""
     return sorted((run / "checkpoints").glob("step-*"), reverse=True)
@@ -105,7 +135,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / MANIFEST
     try:
-        return json.loads(path.read_text())
+        manifest = json.loads(path.read_text())
+        if not isinstance(manifest, dict) or not {"step", "files"} <= manifest.keys():
+            raise CheckpointError(f"{path} is not a manifest of fastmim")
+        return manifest
     except FileNotFoundError:
         raise CheckpointError(f"{checkpoint} holds no {MANIFEST}; expected a checkpoint directory") from None
     except json.JSONDecodeError as error:
@@ -171,7 +204,18 @@ def find(run: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
         CheckpointError: PATH holds none, or `none` would mix two runs in one folder.
     """
     if resume not in ("auto", "none"):
-        return resolve(Path(resume))
+        checkpoint, manifest = resolve(Path(resume))
+        later = [
+            path.name
+            for path in list_checkpoints(run)
+            if path.name > checkpoint_path(run, manifest["step"]).name
+        ]
+        if later:
+            raise CheckpointError(
+                f"--resume {resume} is at step {manifest['step']}, but {run} already holds {later[0]}; "
+                "expected another output"
+            )
+        return checkpoint, manifest
     if resume == "auto":
         return newest_whole(run)
     if list_checkpoints(run):

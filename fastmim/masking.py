@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from fastmim.kernels.philox import STREAM_MASK, philox_4x32
+from fastmim import kernels
+from fastmim.kernels.sample_mask import ids_from_order
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,7 @@ def len_keep(patches: int, mask_ratio: float) -> int:
 
 
 def sample_random_mask(seed: int, epochs: Tensor, positions: Tensor, patches: int, keep: int) -> Mask:
-    """Keep `keep` patches of each sample, uniformly at random (MAE, section 3).
-
-    Each patch draws one Philox word; the `keep` smallest stay. Equal words are ordered by the patch's index, so
-    every device agrees bit for bit.
+    """Keep `keep` patches of each sample, uniformly at random; see `fastmim.kernels.sample_random_mask`.
 
     Args:
         seed: of the run.
@@ -46,16 +43,9 @@ def sample_random_mask(seed: int, epochs: Tensor, positions: Tensor, patches: in
         patches: N.
         keep: K, at least 1 and below N.
     """
-    patch = torch.arange(patches, device=positions.device)
-    position, high = positions[:, None] & 0xFFFFFFFF, positions[:, None] >> 32
-    noise = philox_4x32(seed, patch, position, epochs[:, None], STREAM_MASK | (high << 8))[0]
-    order = ((noise << 20) | patch).argsort(dim=1)  # [B, N]; N < 2**20
-    return mask_from_order(order, keep)
+    return Mask(*kernels.sample_random_mask(seed, epochs, positions, patches, keep))
 
 
 def mask_from_order(order: Tensor, keep: int) -> Mask:
     """The mask that keeps the first `keep` patches of `order`, int64 [B, N]."""
-    ids_keep, ids_mask = order[:, :keep].sort(dim=1).values, order[:, keep:].sort(dim=1).values
-    ids = torch.cat([ids_keep, ids_mask], dim=1)
-    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    return Mask(ids_keep, ids_mask, torch.empty_like(ids).scatter_(1, ids, places))
+    return Mask(*ids_from_order(order, keep))

@@ -1,5 +1,6 @@
 """What a run tells: JSON lines, TensorBoard, Weights & Biases, a progress bar or plain lines."""
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -39,7 +40,8 @@ class Metrics:
     def __init__(self, config: Config, start_step: int, total_steps: int):
         run = Path(config.output)
         self.path = run / "metrics.jsonl"
-        drop_records_after(self.path, start_step)
+        if start_step < total_steps:
+            drop_records_after(self.path, start_step)
         self._file = self.path.open("a")
         self._tensorboard = _open_tensorboard(run, start_step) if config.log.tensorboard else None
         self._wandb = _open_wandb(config) if config.log.wandb else None
@@ -138,7 +140,7 @@ def drop_records_after(path: Path, step: int) -> None:
 def _open_tensorboard(run: Path, start_step: int):
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+    return SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
 
 
 def check_sinks(config: Config) -> None:
@@ -154,7 +156,8 @@ def check_sinks(config: Config) -> None:
 def _open_wandb(config: Config):
     import wandb
 
-    run = Path(config.output)
-    return wandb.init(
-        dir=run, name=run.name, config=config.model_dump(mode="json"), resume="allow", id=run.name
-    )
+    run = Path(config.output).resolve()
+    # The folder is the run: the same one goes on, another of the same name does not join it.
+    identity = hashlib.sha256(str(run).encode()).hexdigest()[:12]
+    values = config.model_dump(mode="json")
+    return wandb.init(dir=run, name=run.name, config=values, resume="allow", id=f"{run.name}-{identity}")

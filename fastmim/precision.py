@@ -1,10 +1,7 @@
-"""The number format of a run, and DeepSpeed's configuration for it."""
-
-from typing import Any
+"""The number format of a run."""
 
 import torch
 
-from fastmim.config import Config
 from fastmim.errors import ConfigError
 
 
@@ -26,18 +23,3 @@ def choose_precision(wanted: str, device: torch.device) -> str:
             f"train.precision='fp16': this {device.type} does not compute it; expected bf16 or fp32"
         )
     return wanted
-
-
-def deepspeed_config(config: Config, precision: str, micro_batch: int) -> dict[str, Any]:
-    """The `deepspeed:` fragment of a recipe, completed with the keys that this configuration owns."""
-    owned: dict[str, Any] = {
-        "train_batch_size": config.optim.batch_size,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": config.optim.accumulation,
-        "steps_per_print": 10**9,  # this engine logs itself
-    }
-    if config.optim.clip_grad is not None:
-        owned["gradient_clipping"] = config.optim.clip_grad
-    if precision in ("bf16", "fp16"):
-        owned[precision] = {"enabled": True}
-    return {**config.deepspeed, **owned}

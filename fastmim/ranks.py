@@ -34,6 +34,11 @@ class Ranks:
         self._host_group: dist.ProcessGroup | None = None
 
     @property
+    def cores(self) -> int:
+        """CPU cores for each rank of this node, of those that this process may use."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+
+    @property
     def first(self) -> bool:
         """Whether this is the rank that logs and writes."""
         return self.rank == 0
@@ -66,20 +71,29 @@ class Ranks:
     def run_on_first(self, act: Callable[[], T], each_node: bool = False) -> T | None:
         """Run `act` on rank 0 (or on each node's first rank) while the others wait.
 
-        An error that a user can act on is raised on every rank, so that all end alike and none waits for ever.
+        An error is raised on every rank, so that all end alike and none waits for ever; one of the system, such
+        as a full disk, becomes a FastmimError that names the file.
 
         Returns:
             What `act` returned, on the ranks that ran it; None elsewhere.
         """
-        result, problem = None, None
-        if self.local_rank == 0 if each_node else self.first:
+        result, problem, unexpected = None, None, None
+        acts = self.local_rank == 0 if each_node else self.first
+        if acts:
             try:
                 result = act()
             except FastmimError as error:
                 problem = error
-        for error in self.gather(problem):
-            if error is not None:
-                raise error
+            except OSError as error:
+                problem = FastmimError(f"{error.filename or 'a file'}: {error.strerror or error}")
+            except Exception as error:
+                problem, unexpected = FastmimError(f"rank {self.rank} failed: {error!r}"), error
+        problems = [error for error in self.gather(problem) if error is not None]
+        if unexpected is not None:
+            raise unexpected
+        if problems:
+            problems[0].everywhere = True
+            raise problems[0]
         return result
 
     def start_flags(self, *flags: bool) -> "Flags":

@@ -86,15 +86,17 @@ def reconstruct_images(
         FastmimError: a checkpoint or source that cannot be used, or an `out` that is no PNG.
     """
     path = Path(out)
-    if path.suffix.lower() != ".png":
-        raise ConfigError(f"--out {out}: expected a name that ends in .png")
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise ConfigError(f"--out {out}: expected a file whose name ends in .png")
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"--seed {seed}: expected 0 to 2**32 - 1")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if count < 1:
         raise ConfigError(f"--count {count}: expected at least 1")
     objective, config, step = load_objective(checkpoint, ema)
-    index = build_index(images, config.data, progress=False)
+    index = build_index(images, config.data, progress=False, option="--images")
     originals = load_images(index, config.data, min(count, len(index)))
     sheet = Sheet(originals.to(objective.encoder.cls_token.device), config, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
     title = sheet.draw(
         path, objective, sheet.rebuild(objective), f"{Path(checkpoint).resolve().name}, step {step}"
     )

@@ -2,18 +2,15 @@
 
 import json
 import logging
-import os
+import signal
 import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import ValidationError
-from torch import nn
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastmim import checkpoint as checkpoints
 from fastmim import manifest as manifests
@@ -22,15 +19,16 @@ from fastmim.config import Config
 from fastmim.data.loader import Loader, load_images
 from fastmim.data.shared import open_index
 from fastmim.ema import EMA
+from fastmim.engine import build_engine, check_fragment, start_distributed
 from fastmim.errors import ConfigError, TrainingAborted
 from fastmim.flops import mae_step_flops, peak_flops
 from fastmim.kernels.philox import STREAM_DROP, philox_4x32
 from fastmim.metrics import Metrics, check_sinks, describe_end, read_records, set_up_logging
 from fastmim.models.attention import choose_attention
 from fastmim.objectives import build_objective
-from fastmim.optim import GuardedAdamW, learning_rate, parameter_groups
+from fastmim.optim import GuardedAdamW, learning_rate
 from fastmim.pictures import draw_loss
-from fastmim.precision import choose_precision, deepspeed_config
+from fastmim.precision import choose_precision
 from fastmim.ranks import Ranks
 from fastmim.reconstruct import Sheet
 from fastmim.signals import StopSignals
@@ -55,12 +53,17 @@ def train(config: Config, resume: str = "auto") -> int:
     ranks = Ranks()
     set_up_logging(ranks.first)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    with StopSignals() as signals:
+    with StopSignals() as signals, logging_redirect_tqdm([logger]):
         trainer = Trainer(config, ranks, resume)
         try:
             trainer.run(signals)
         finally:
             trainer.close()
+    if trainer.step >= trainer.last_step:
+        logger.info(
+            describe_end(trainer.run_folder, trainer.step, config.log.images or config.require_source())
+        )
+        return 0
     return signals.exit_code
 
 
@@ -77,29 +80,32 @@ class Trainer:
         self.config, self.ranks = config, ranks
         self.run_folder = Path(config.output)
         micro_batch = config.micro_batch(ranks.world_size)
-        precision = choose_precision(config.train.precision, ranks.device)
+        self.precision = precision = choose_precision(config.train.precision, ranks.device)
         attention = choose_attention(config.train.attention, ranks.device.type, precision)
-        _check_zero_fragment(config)
         check_sinks(config)
-        _start_distributed(ranks)
+        start_distributed(ranks)
+        check_fragment(config, precision, micro_batch)
+        self._lock = ranks.run_on_first(lambda: manifests.lock(self.run_folder))
         self.index = open_index(config.require_source(), config.data, ranks)
         self.sheet = self._open_sheet() if config.log.reconstruct_every_steps else None
         found = ranks.share(ranks.run_on_first(lambda: manifests.find(self.run_folder, resume)))
         if found is not None:
-            checkpoints.check_same_run(found[1], config, ranks, self.index.fingerprint)
+            checkpoints.check_same_run(found[1], config, ranks, precision, self.index.fingerprint)
 
         torch.manual_seed(config.train.seed)
         self.objective = build_objective(config, attention)
         if config.train.compile:
             self.objective.compile_blocks()
-        self.engine = _build_engine(config, self.objective, precision, micro_batch)
+        self.engine = build_engine(config, self.objective, precision, micro_batch)
         decay = config.train.ema_decay
         self.ema = EMA(checkpoints.master_tensors(self.engine), decay) if decay else None
         self.step, self.skipped = 0, 0
+        self.bad: dict[int, str] = {}
         if found is not None:
             folder, manifest = found
             checkpoints.load(self.engine, folder, self.ema)
             self.step, self.skipped = manifest["step"], manifest["state"]["skipped"]
+            self.bad = {int(sample): name for sample, name in manifest["state"]["bad_images"].items()}
 
         self.loader = Loader(
             self.index,
@@ -111,10 +117,15 @@ class Trainer:
             world_size=ranks.world_size,
             device=ranks.device,
             start_step=self.step,
-            threads=config.data.threads or max(1, (os.cpu_count() or 1) // ranks.local_world_size),
+            threads=config.data.threads or ranks.cores,
         )
         epoch = self.loader.samples_per_epoch
         self.total_steps = -(-int(config.optim.epochs * epoch) // config.optim.batch_size)
+        if not self.total_steps:
+            raise ConfigError(
+                f"optim.epochs={config.optim.epochs:g} of {epoch} images make no step of "
+                f"optim.batch_size={config.optim.batch_size}; expected more epochs"
+            )
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
         self.window = Window(ranks.device)
         self.metrics: Metrics | None = None
@@ -130,9 +141,12 @@ class Trainer:
         batches = iter(self.loader)
         recent: deque[Any] = deque(maxlen=config.train.max_skipped_in_a_row + config.log.every_steps)
         saved_at = time.monotonic()
-        profiler = _start_profiler(self.run_folder) if config.train.profile and self.ranks.first else None
+        profiling = config.train.profile and self.ranks.first and self.step < self.last_step
+        profiler = _start_profiler(self.run_folder, self.last_step - self.step) if profiling else None
         window.reset()
-        while self.step < self.last_step:
+        # A signal that came while the run was set up ends it before a step.
+        stop = self.ranks.start_flags(signals.received is not None).wait()[0]
+        while self.step < self.last_step and not stop:
             flags = self.ranks.start_flags(signals.received is not None, self._is_save_due(saved_at))
             lr = self._set_learning_rate()
             recent.append((self.step + 1, self._train_step(batches)))
@@ -152,16 +166,11 @@ class Trainer:
             if every and (self.step == self.last_step or self.step % every == 0):
                 self._draw()
             window.pause(time.perf_counter() - started)
-            if stop:
-                logger.info(
-                    "stopped by a signal after step %d; the same command goes on from there", self.step
-                )
-                break
+        if stop:
+            signals.received = signals.received or signal.SIGTERM  # another rank's is this one's too
+            logger.info("stopped by a signal after step %d; the same command goes on from there", self.step)
         if profiler is not None:
             profiler.stop()
-        if self.step == self.last_step:
-            images = config.log.images or config.require_source()
-            logger.info(describe_end(self.run_folder, self.step, images))
 
     def close(self) -> None:
         """Release decoding threads, files and the process group."""
@@ -186,9 +195,10 @@ class Trainer:
             samples.append(batch.samples)
         optimizer = self.engine.optimizer
         guarded = isinstance(optimizer, GuardedAdamW)
-        self.window.add_step(optimizer.found_inf if guarded else float(getattr(optimizer, "overflow", False)))
+        skipped = optimizer.found_inf if guarded else float(getattr(optimizer, "overflow", False))
+        self.window.add_step(skipped)
         if self.ema is not None:
-            self.ema.update()
+            self.ema.update(skipped)
         return samples
 
     def _seed_dropped_paths(self, micro: int) -> None:
@@ -212,7 +222,7 @@ class Trainer:
         most_in_a_row = self.window.most_in_a_row()
         loss, finite, skipped = self.ranks.mean(self.window.sums()).tolist()
         self.skipped += round(skipped)
-        bad = len(self.loader.bad)
+        self._gather_bad_images()
         speed = self.window.throughput(self.config.optim.batch_size)
         achieved = speed["images_per_s"] / self.ranks.world_size * self._flops_per_image
         self.window.reset()
@@ -226,12 +236,28 @@ class Trainer:
                 **speed,
                 "peak_memory_bytes": peak_memory_bytes(self.ranks.device),
                 "skipped_steps": self.skipped,
-                "bad_images": bad,
+                "bad_images": len(self.bad),
                 "mfu": achieved / self._peak_flops if self._peak_flops else None,
             }
             self.metrics.write(record)
         if most_in_a_row >= self.config.train.max_skipped_in_a_row:
             self._abort(most_in_a_row, recent)
+
+    def _gather_bad_images(self) -> None:
+        """Count over all ranks, and over the run's parts, the images that could not be decoded.
+
+        Raises:
+            TrainingAborted: more than `data.max_bad_fraction` of the set, with their names.
+        """
+        for found in self.ranks.gather({sample: self.index.name(sample) for sample in self.loader.bad}):
+            self.bad |= found
+        allowed = int(self.config.data.max_bad_fraction * len(self.index))
+        if len(self.bad) > allowed:
+            raise TrainingAborted(
+                f"{len(self.bad)} of {len(self.index)} images cannot be decoded; expected at most {allowed} "
+                f"(data.max_bad_fraction={self.config.data.max_bad_fraction:g}): {', '.join(self.bad.values())}",
+                everywhere=True,
+            )
 
     def _gradient_norm(self) -> float | None:
         norm = self.engine.get_global_grad_norm()
@@ -247,18 +273,13 @@ class Trainer:
         raise TrainingAborted(
             f"{most_in_a_row} steps in a row had a non-finite loss or gradient "
             f"(train.max_skipped_in_a_row={self.config.train.max_skipped_in_a_row}); their samples are in "
-            f"{path.parent}/skipped-rank*.json. Lower optim.blr, set optim.clip_grad, or use train.precision=bf16"
+            f"{path.parent}/skipped-rank*.json. Lower optim.blr, set optim.clip_grad, or use train.precision=bf16",
+            everywhere=True,
         )
 
     def _save(self) -> None:
-        state = {
-            "fingerprint": self.index.fingerprint,
-            "skipped": self.skipped,
-            "bad_images": [
-                self.index.name(i) for rank in self.ranks.gather(sorted(self.loader.bad)) for i in rank
-            ],
-        }
-        checkpoints.save(self.engine, self.ranks, self.config, self.step, state, self.ema)
+        state = {"fingerprint": self.index.fingerprint, "skipped": self.skipped, "bad_images": self.bad}
+        checkpoints.save(self.engine, self.ranks, self.config, self.precision, self.step, state, self.ema)
 
     def _draw(self) -> None:
         """Reconstruct held-out images; every rank computes, since ZeRO-3 needs them all, and the first draws."""
@@ -272,7 +293,11 @@ class Trainer:
     def _open_sheet(self) -> Sheet:
         """Read the images to reconstruct at once, so that a bad one is not found out hours into the run."""
         config = self.config
-        index = open_index(config.log.images, config.data, self.ranks) if config.log.images else self.index
+        index = (
+            open_index(config.log.images, config.data, self.ranks, "log.images")
+            if config.log.images
+            else self.index
+        )
         images = load_images(index, config.data, min(config.log.n_images, len(index)))
         return Sheet(images.to(self.ranks.device), config)
 
@@ -292,49 +317,14 @@ class Trainer:
         )
 
 
-def _check_zero_fragment(config: Config) -> None:
-    try:
-        DeepSpeedZeroConfig(**config.deepspeed.get("zero_optimization", {}))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, ("deepspeed.zero_optimization", *first["loc"])))
-        raise ConfigError(f"{key}={first['input']!r}: {first['msg']}") from None
-
-
-def _start_distributed(ranks: Ranks) -> None:
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if ranks.world_size == 1:
-        os.environ.setdefault("MASTER_PORT", "0")
-    # DeepSpeed would compile an operator for ranks that share a CPU. Training does not get faster by it, and it
-    # would need a compiler, a lock that a killed run leaves behind, and a path without spaces.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
-    ranks.open_host_group()
-    if ranks.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
-
-
-def _build_engine(config: Config, objective: nn.Module, precision: str, micro_batch: int):
-    completed = deepspeed_config(config, precision, micro_batch)
-    groups = parameter_groups(objective, config.optim.weight_decay)
-    options: dict[str, Any] = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps}
-    zero = config.deepspeed.get("zero_optimization", {})
-    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles itself, so only where it is asked for
-
-        optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    elif config.zero_stage == 0 and precision == "fp32":
-        optimizer = GuardedAdamW(groups, config.optim.clip_grad, **options)
-        completed.pop("gradient_clipping", None)
-    else:
-        optimizer = torch.optim.AdamW(groups, fused=True, **options)
-    return deepspeed.initialize(model=objective, optimizer=optimizer, config=completed)[0]
-
-
-def _start_profiler(run: Path):
-    schedule = torch.profiler.schedule(wait=5, warmup=2, active=3, repeat=1)
+def _start_profiler(run: Path, steps: int):
+    """Trace three steps after seven, or as much of that as the run has."""
+    active = min(3, steps)
+    warmup = min(2, steps - active)
     profiler = torch.profiler.profile(
-        schedule=schedule,
+        schedule=torch.profiler.schedule(
+            wait=min(5, steps - active - warmup), warmup=warmup, active=active, repeat=1
+        ),
         record_shapes=True,
         on_trace_ready=lambda done: done.export_chrome_trace(str(run / "trace.json")),
     )

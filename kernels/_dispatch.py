@@ -82,18 +82,26 @@ _PATCHED = (tl, tl.core, tl.math, tl.core.tensor, tl.core.tensor_descriptor_base
 
 @contextlib.contextmanager
 def _interpreter() -> Iterator[None]:
-    """Make Triton's own @jit functions (`tl.sum`, `tl.max`) interpretable, and leave Triton as it was after.
+    """Make Triton's own @jit functions (`tl.sum`, `tl.philox`) interpretable, and leave Triton as it was after.
 
     The interpreter restores what a kernel replaced, but not what device functions called by it replaced: a
     kernel compiled later in the process would then be built from the interpreter's functions.
     """
     before = [dict(vars(place)) for place in _PATCHED]
-    for name, value in before[0].items():
-        if isinstance(value, JITFunction):
-            setattr(tl, name, _interpreted_library_function(value.fn))
+    # `tl.philox` calls another @jit function by its name in `tl.random`.
+    compiled = [
+        (place, name, value)
+        for place in (tl, tl.random)
+        for name, value in vars(place).items()
+        if isinstance(value, JITFunction)
+    ]
+    for place, name, value in compiled:
+        setattr(place, name, _interpreted_library_function(value.fn))
     try:
         yield
     finally:
+        for place, name, value in compiled:
+            setattr(place, name, value)
         for place, attributes in zip(_PATCHED, before, strict=True):
             for name in vars(place).keys() - attributes.keys():
                 delattr(place, name)

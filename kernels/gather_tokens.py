@@ -1,4 +1,4 @@
-"""Select tokens by index, with a gradient that writes each source row once."""
+"""Select tokens by index, and its adjoint, which puts them back and writes each row once."""
 
 import torch
 import triton
@@ -12,6 +12,12 @@ from ._dispatch import kernel
 def gather_tokens_reference(x: Tensor, ids: Tensor, offset: int = 0) -> Tensor:
     """Select tokens. x [B, N, D], ids [B, K] -> x[b, ids[b, k] + offset] [B, K, D]."""
     return x.gather(1, (ids.long() + offset)[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def scatter_tokens_reference(x: Tensor, ids: Tensor, tokens: int, offset: int = 0) -> Tensor:
+    """Place tokens. x [B, K, D], ids [B, K] -> [B, tokens, D], x[b, k] at row ids[b, k] + offset, else 0."""
+    index = (ids.long() + offset)[..., None].expand_as(x)
+    return x.new_zeros(x.shape[0], tokens, x.shape[2]).scatter(1, index, x)
 
 
 @kernel
@@ -44,13 +50,13 @@ def _gather_tokens_forward_kernel(
 
 
 @kernel
-def _gather_tokens_backward_kernel(
-    grad,
+def _scatter_tokens_forward_kernel(
+    x,
     ids,
-    grad_x,
-    stride_grad_batch,
-    stride_grad_row,
-    stride_grad_column,
+    out,
+    stride_x_batch,
+    stride_x_row,
+    stride_x_column,
     stride_ids_batch,
     stride_ids_column,
     offset,
@@ -66,7 +72,7 @@ def _gather_tokens_backward_kernel(
     token = (tl.program_id(0) % blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     token_valid = token < tokens
     # A row looks itself up among the sample's ids: cheaper than a memset and a scatter, which write the
-    # selected rows twice. 0 means not selected, otherwise 1 + the row of `grad`.
+    # selected rows twice. 0 means not selected, otherwise 1 + the row of `x`.
     found = tl.full([BLOCK_ROWS], 0, tl.int32)
     for start in range(0, kept, BLOCK_IDS):
         index = start + tl.arange(0, BLOCK_IDS)
@@ -75,20 +81,20 @@ def _gather_tokens_backward_kernel(
         hit = (chosen[None, :] + offset == token[:, None]) & (index < kept)[None, :]
         found = tl.maximum(found, tl.max(tl.where(hit, index[None, :] + 1, 0), axis=1))
     selected = (found > 0) & token_valid
-    source_at = batch * stride_grad_batch + (found - 1).to(tl.int64) * stride_grad_row
+    source_at = batch * stride_x_batch + (found - 1).to(tl.int64) * stride_x_row
     target_at = (batch * tokens + token) * columns
     for start in range(0, columns, BLOCK_COLUMNS):
         column = start + tl.arange(0, BLOCK_COLUMNS)
         valid = (column < columns)[None, :]
         values = tl.load(
-            grad + source_at[:, None] + column.to(tl.int64)[None, :] * stride_grad_column,
+            x + source_at[:, None] + column.to(tl.int64)[None, :] * stride_x_column,
             mask=valid & selected[:, None],
             other=0.0,
         )
-        tl.store(grad_x + target_at[:, None] + column[None, :], values, mask=valid & token_valid[:, None])
+        tl.store(out + target_at[:, None] + column[None, :], values, mask=valid & token_valid[:, None])
 
 
-def _forward_triton(x: Tensor, ids: Tensor, offset: int) -> Tensor:
+def _gather_triton(x: Tensor, ids: Tensor, offset: int) -> Tensor:
     (batch, kept), columns = ids.shape, x.shape[-1]
     _dispatch.check_kernel_dtype("x", x)
     out = x.new_empty(batch, kept, columns)
@@ -113,18 +119,19 @@ def _forward_triton(x: Tensor, ids: Tensor, offset: int) -> Tensor:
     return out
 
 
-def _backward_triton(grad: Tensor, ids: Tensor, tokens: int, offset: int) -> Tensor:
-    batch, kept, columns = grad.shape
-    grad_x = grad.new_empty(batch, tokens, columns)
+def _scatter_triton(x: Tensor, ids: Tensor, tokens: int, offset: int) -> Tensor:
+    batch, kept, columns = x.shape
+    _dispatch.check_kernel_dtype("x", x)
+    out = x.new_empty(batch, tokens, columns)
     block_columns = _dispatch.column_block(columns)
     block_rows = min(16, 2048 // block_columns)
     _dispatch.launch(
-        _gather_tokens_backward_kernel,
+        _scatter_tokens_forward_kernel,
         (batch * triton.cdiv(tokens, block_rows),),
-        grad,
+        x,
         ids,
-        grad_x,
-        *grad.stride(),
+        out,
+        *x.stride(),
         *ids.stride(),
         offset,
         kept,
@@ -134,7 +141,7 @@ def _backward_triton(grad: Tensor, ids: Tensor, tokens: int, offset: int) -> Ten
         BLOCK_COLUMNS=block_columns,
         BLOCK_IDS=64,
     )
-    return grad_x
+    return out
 
 
 def _as_table(x: Tensor) -> tuple[Tensor, int]:
@@ -158,22 +165,22 @@ def row_index(ids: Tensor, step: int, offset: int = 0) -> Tensor:
     return (ids + first).flatten()
 
 
-def _forward_torch(x: Tensor, ids: Tensor, offset: int) -> Tensor:
+def _gather_torch(x: Tensor, ids: Tensor, offset: int) -> Tensor:
     table, step = _as_table(x)
     return table.index_select(0, row_index(ids, step, offset)).view(*ids.shape, x.shape[2])
 
 
-def _backward_torch(grad: Tensor, ids: Tensor, tokens: int, offset: int) -> Tensor:
-    batch, _, columns = grad.shape
-    grad_x = grad.new_zeros(batch * tokens, columns)
-    grad_x.index_copy_(0, row_index(ids, tokens, offset), grad.flatten(0, 1))
-    return grad_x.view(batch, tokens, columns)
+def _scatter_torch(x: Tensor, ids: Tensor, tokens: int, offset: int) -> Tensor:
+    batch, _, columns = x.shape
+    out = x.new_zeros(batch * tokens, columns)
+    out.index_copy_(0, row_index(ids, tokens, offset), x.flatten(0, 1))
+    return out.view(batch, tokens, columns)
 
 
 @torch.library.custom_op("fastmim::gather_tokens", mutates_args=())
 def _gather_tokens(x: Tensor, ids: Tensor, offset: int) -> Tensor:
     _dispatch.check_range("ids", ids, -offset, x.shape[1] - offset)
-    return (_forward_triton if _dispatch.use_triton(x) else _forward_torch)(x, ids, offset)
+    return (_gather_triton if _dispatch.use_triton(x) else _gather_torch)(x, ids, offset)
 
 
 @_gather_tokens.register_fake
@@ -181,28 +188,41 @@ def _(x: Tensor, ids: Tensor, offset: int) -> Tensor:
     return x.new_empty(*ids.shape, x.shape[2])
 
 
-@torch.library.custom_op("fastmim::gather_tokens_backward", mutates_args=())
-def _gather_tokens_backward(grad: Tensor, ids: Tensor, tokens: int, offset: int) -> Tensor:
-    return (_backward_triton if _dispatch.use_triton(grad) else _backward_torch)(grad, ids, tokens, offset)
+@torch.library.custom_op("fastmim::scatter_tokens", mutates_args=())
+def _scatter_tokens(x: Tensor, ids: Tensor, tokens: int, offset: int) -> Tensor:
+    _dispatch.check_range("ids", ids, -offset, tokens - offset)
+    return (_scatter_triton if _dispatch.use_triton(x) else _scatter_torch)(x, ids, tokens, offset)
 
 
-@_gather_tokens_backward.register_fake
-def _(grad: Tensor, ids: Tensor, tokens: int, offset: int) -> Tensor:
-    return grad.new_empty(grad.shape[0], tokens, grad.shape[2])
+@_scatter_tokens.register_fake
+def _(x: Tensor, ids: Tensor, tokens: int, offset: int) -> Tensor:
+    return x.new_empty(x.shape[0], tokens, x.shape[2])
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_gather(ctx, inputs, output) -> None:
     x, ids, offset = inputs
     ctx.save_for_backward(ids)
     ctx.tokens, ctx.offset = x.shape[1], offset
 
 
-def _backward(ctx, grad: Tensor):
+def _gather_backward(ctx, grad: Tensor):
     (ids,) = ctx.saved_tensors
-    return _gather_tokens_backward(grad, ids, ctx.tokens, ctx.offset), None, None
+    return _scatter_tokens(grad, ids, ctx.tokens, ctx.offset), None, None
 
 
-_gather_tokens.register_autograd(_backward, setup_context=_setup_context)
+def _setup_scatter(ctx, inputs, output) -> None:
+    _, ids, _, offset = inputs
+    ctx.save_for_backward(ids)
+    ctx.offset = offset
+
+
+def _scatter_backward(ctx, grad: Tensor):
+    (ids,) = ctx.saved_tensors
+    return _gather_tokens(grad, ids, ctx.offset), None, None, None
+
+
+_gather_tokens.register_autograd(_gather_backward, setup_context=_setup_gather)
+_scatter_tokens.register_autograd(_scatter_backward, setup_context=_setup_scatter)
 
 
 def gather_tokens(x: Tensor, ids: Tensor, offset: int = 0) -> Tensor:
@@ -228,3 +248,30 @@ def gather_tokens(x: Tensor, ids: Tensor, offset: int = 0) -> Tensor:
     if not 0 <= offset < x.shape[1]:
         raise ValueError(f"offset is {offset}; wanted 0..{x.shape[1] - 1}, a row of x")
     return _gather_tokens(x, ids, offset)
+
+
+def scatter_tokens(x: Tensor, ids: Tensor, tokens: int, offset: int = 0) -> Tensor:
+    """Place the tokens of each sample among zeros: the adjoint of `gather_tokens`, without atomics.
+
+    Args:
+        x: [B, K, D] float, any strides.
+        ids: [B, K] int64 or int32, any strides, unique within a sample; which of two tokens with one id
+            stays is undefined.
+        tokens: rows of the result.
+        offset: rows of the result to skip; ids count from row `offset` (1 after a cls token).
+
+    Returns:
+        [B, tokens, D] in the dtype of `x`: x[b, k] in row ids[b, k] + offset, zeros elsewhere.
+
+    Raises:
+        TypeError: a dtype outside those above.
+        ValueError: shapes, batches or devices that do not fit; no ids; ids out of range (see `_dispatch`).
+    """
+    _dispatch.check_tensor("x", x, "[B, K, D]", _dispatch.FLOAT_DTYPES)
+    _dispatch.check_ids("ids", ids, x, "x", "K")
+    _dispatch.check_shape("x", x, "[B, K, D]", (None, ids.shape[1], None))
+    if tokens < ids.shape[1]:
+        raise ValueError(f"tokens is {tokens}; wanted at least {ids.shape[1]}, one row per id")
+    if not 0 <= offset < tokens:
+        raise ValueError(f"offset is {offset}; wanted 0..{tokens - 1}, a row of the result")
+    return _scatter_tokens(x, ids, tokens, offset)

@@ -24,12 +24,11 @@ def philox_4x32(seed: int, c0: Any, c1: Any, c2: Any, c3: Any, rounds: int = 10)
 
     Args:
         seed: 64-bit key.
-        c0, c1, c2, c3: the four 32-bit counter words, int64 arrays (or ints) that broadcast together; at
-            least one must be an array.
+        c0, c1, c2, c3: the four 32-bit counter words, int64 arrays or ints, that broadcast together.
         rounds: 10 is the published, crush-resistant count.
 
     Returns:
-        Four int64 arrays of values in [0, 2**32).
+        Four int64 arrays of values in [0, 2**32); ints where all words are ints.
     """
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(rounds):

@@ -41,7 +41,7 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path):
     assert main(["reconstruct", "--checkpoint", str(tmp_path / "none"), "--images", ".", "--out", out]) == 2
     assert "expected a run or a checkpoint directory" in capsys.readouterr().err
     assert main(["reconstruct", "--checkpoint", ".", "--images", ".", "--out", "x.jpg"]) == 2
-    assert "--out x.jpg: expected a name that ends in .png" in capsys.readouterr().err
+    assert "--out x.jpg: expected a file whose name ends in .png" in capsys.readouterr().err
 
 
 def test_index_says_what_is_there(tmp_path, capsys):
@@ -97,9 +97,7 @@ def test_reconstruct_draws_any_images_and_tells_of_norm_pix(run, tmp_path, capsy
     assert main([*arguments, "--count", "2"]) == 0
     told = capsys.readouterr().out
     assert "2 of 3 images; run, step 3, 75% of the patches removed" in told
-    assert (
-        "trained with norm_pix: each patch is shown with the original patch's own mean and contrast" in told
-    )
+    assert "trained with norm_pix: mean and contrast of a removed patch are estimated" in told
     first = out.read_bytes()
     assert main([*arguments, "--count", "2", "--seed", "1"]) == 0
     assert out.read_bytes() != first
@@ -138,3 +136,16 @@ def test_the_wheel_installs_fastmim_alone(tmp_path):
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastmim").rglob("*.py")}
     sources |= {f"fastmim/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").glob("*.py")}
     assert sources == {name for name in names if name.endswith(".py")}
+
+
+def test_index_takes_options_and_overrides_in_any_order_and_lists_all(tmp_path, capsys):
+    write_images(tmp_path / "images", 3)
+    for i in range(8):
+        (tmp_path / "images" / f"empty{i}.jpg").touch()
+    assert main(["index", str(tmp_path / "images"), "--all", "data.channels=1"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"empty{i}.jpg" in told for i in range(8))
+    assert main(["index", str(tmp_path / "images")]) == 0
+    assert "and 3 more (fastmim index --all names them)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["index", str(tmp_path / "images"), "--al1"])

@@ -29,7 +29,13 @@ BAD = [
     ("optim.clip_grad=-1", "optim.clip_grad=-1; expected a number > 0"),
     ("model.size=giant", "model.size='giant'; expected 'tiny', 'small', 'base', 'large' or 'huge'"),
     ("model.size=null", "model.size=None needs model.width, model.depth, model.heads"),
-    ("data.channels=4", "data.mean has 3 values; expected data.channels=4"),
+    ("data.mean=[0.5]", "data.mean has 1 values; expected data.channels=3"),
+    ("data.channels=0", "data.channels=0; expected an integer > 0"),
+    ("model.size=[base]", "model.size=['base']; expected 'tiny', 'small', 'base', 'large' or 'huge'"),
+    (
+        "deepspeed.zero_optimization.stage=true",
+        "deepspeed.zero_optimization.stage=True; expected 0, 1, 2 or 3",
+    ),
     ("data.std=[1,0,1]", "data.std=[1.0, 0.0, 1.0]; expected values above 0"),
     ("data.scale=[0.5,0.2]", "data.scale=[0.5, 0.2]; expected 0 < lowest <= highest <= 1"),
     ("train.precision=fp8", "train.precision='fp8'; expected 'auto', 'bf16', 'fp16' or 'fp32'"),
@@ -82,6 +88,9 @@ def test_file_problems_are_named(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     with pytest.raises(ConfigError, match="not YAML"):
         recipes.load(str(tmp_path / "broken.yaml"))
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read as text"):
+        recipes.load(str(tmp_path / "bytes.yaml"))
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match="holds a list; expected a mapping"):
         recipes.load(str(tmp_path / "list.yaml"))
@@ -110,6 +119,12 @@ def test_recipes_hold_the_papers_numbers(name):
     assert (optim.batch_size, optim.blr, optim.warmup_epochs, optim.betas) == (4096, 1.5e-4, 40, (0.9, 0.95))
     assert optim.lr == pytest.approx(2.4e-3)
     assert (config.mask.ratio, config.data.scale, optim.weight_decay) == (0.75, (0.2, 1.0), 0.05)
+
+
+def test_statistics_follow_the_channels():
+    assert recipes.override([]).data.mean == [0.485, 0.456, 0.406]
+    data = recipes.override(["data.channels=4"]).data
+    assert (data.mean, data.std) == ([0.5] * 4, [0.25] * 4)
 
 
 def test_dump_names_the_source_of_every_value():

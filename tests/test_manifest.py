@@ -49,6 +49,7 @@ def test_a_step_saved_twice_is_replaced(tmp_path):
         (lambda path: (path / "model.safetensors").write_bytes(b"WEIGHTSweights"), "another SHA-256"),
         (lambda path: (path / "manifest.json").unlink(), "holds no manifest.json"),
         (lambda path: (path / "manifest.json").write_text("{"), "is not JSON"),
+        (lambda path: (path / "manifest.json").write_text("[]"), "is not a manifest of fastmim"),
     ],
 )
 def test_damage_is_named_and_the_older_one_is_used(tmp_path, damage, message, caplog):

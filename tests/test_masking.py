@@ -2,10 +2,11 @@
 
 import numpy as np
 import torch
+from fastmim.kernels import _dispatch
 from fastmim.kernels.philox import philox_4x32
 from scipy.stats import chi2
 
-from fastmim.masking import len_keep, sample_random_mask
+from fastmim.masking import len_keep, mask_from_order, sample_random_mask
 
 
 def sample(positions, epochs=None, seed=0, patches=49, keep=12):
@@ -47,6 +48,28 @@ def test_a_mask_does_not_depend_on_its_batch():
     shuffled = sample([5, 99, 37, 2])
     assert torch.equal(together.ids_keep[37], alone.ids_keep[0])
     assert torch.equal(together.ids_keep[37], shuffled.ids_keep[2])
+
+
+def test_the_kernel_draws_the_mask_of_plain_pytorch(monkeypatch):
+    plain = sample(range(30), epochs=range(30))
+    launched, launch = [], _dispatch.launch
+    monkeypatch.setattr(_dispatch, "MODE", "interpret")
+    monkeypatch.setattr(
+        _dispatch, "launch", lambda *args, **kwargs: (launched.append(args[0]), launch(*args, **kwargs))
+    )
+    mask = sample(range(30), epochs=range(30))
+    assert len(launched) == 1
+    assert torch.equal(mask.ids_keep, plain.ids_keep)
+    assert torch.equal(mask.ids_mask, plain.ids_mask)
+    assert torch.equal(mask.ids_restore, plain.ids_restore)
+
+
+def test_mask_from_order_keeps_the_first():
+    mask = mask_from_order(torch.tensor([[3, 0, 4, 1, 2], [1, 2, 0, 4, 3]]), keep=2)
+    assert mask.ids_keep.tolist() == [[0, 3], [1, 2]]
+    assert mask.ids_mask.tolist() == [[1, 2, 4], [0, 3, 4]]
+    assert mask.ids_restore.tolist() == [[0, 2, 3, 1, 4], [2, 0, 1, 3, 4]]
+    assert mask.mask.tolist() == [[False, True, True, False, True], [True, False, False, True, True]]
 
 
 def test_seed_epoch_and_position_all_matter():

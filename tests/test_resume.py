@@ -160,6 +160,44 @@ def test_another_run_is_refused_by_name(recipe, uninterrupted, change, message):
     assert len(told) == 1 and message in told[0]
 
 
+def test_a_run_is_not_rewound_in_its_own_folder(recipe):
+    arguments = ["data.source=images", "output=rewound", "checkpoint.every_steps=2"]
+    train(recipe, *arguments, "train.max_steps=4")
+    first = manifests.checkpoint_path(recipe.parent / "rewound", 2)
+    done = launch(recipe, *arguments, "train.max_steps=6", "--resume", str(first))
+    assert done.returncode == 2
+    assert "is at step 2, but rewound already holds step-000000004; expected another output" in done.stdout
+    assert len(records(recipe.parent / "rewound")) == 4
+
+
+def test_two_runs_do_not_share_a_folder(recipe):
+    run = recipe.parent / "shared"
+    process = start(recipe, "data.source=images", "output=shared", "optim.epochs=1000")
+    wait_for(lambda: len(records(run)) >= 2, process)
+    done = launch(recipe, "data.source=images", "output=shared", "optim.epochs=1000")
+    signal_group(process, signal.SIGTERM)
+    assert done.returncode == 2, done.stdout
+    assert f"shared is being written by process {process.pid} on " in done.stdout
+
+
+def test_another_precision_is_another_run(recipe, uninterrupted):
+    done = launch(recipe, *COMMON, "output=whole", "model.drop_path=0.2", "train.precision=bf16")
+    assert done.returncode == 2
+    assert "precision bf16 (the checkpoint has fp32)" in done.stdout
+
+
+def test_an_array_with_other_pixels_is_another_set(recipe):
+    import numpy as np
+
+    path = recipe.parent / "pixels.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8))
+    train(recipe, "data.source=pixels.npy", "output=array", "train.max_steps=2")
+    np.save(path, np.zeros((16, 32, 32, 3), dtype=np.uint8))
+    done = launch(recipe, "data.source=pixels.npy", "output=array", "train.max_steps=4")
+    assert done.returncode == 2
+    assert "data.source='pixels.npy' holds other images" in done.stdout
+
+
 def test_a_moved_set_and_other_cadences_are_the_same_run(recipe, uninterrupted):
     (recipe.parent / "elsewhere").mkdir()
     (recipe.parent / "images").rename(recipe.parent / "elsewhere" / "images")

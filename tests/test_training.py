@@ -215,7 +215,10 @@ def test_non_finite_steps_are_skipped_then_the_run_aborts(recipe, precision, sta
         (["mask.ratio=2"], "mask.ratio=2; expected a number > 0 and < 1"),
         (["data.source=nowhere"], "nowhere"),
         (["train.attention=xformers"], "train.attention='xformers' on cpu: it runs on CUDA only"),
-        (["deepspeed.zero_optimization.stagee=1"], "deepspeed.zero_optimization.stagee"),
+        (["deepspeed.zero_optimization.stagee=1"], "stagee=1: Extra inputs are not permitted"),
+        (["deepspeed.flops_profiler=5"], "deepspeed: {'flops_profiler': 5} was refused"),
+        (["output=tiny.yaml"], "tiny.yaml"),
+        (["optim.epochs=0.001", "optim.warmup_epochs=0"], "optim.epochs=0.001 of 24 images make no step"),
         (["optim.batch_size=9"], "optim.batch_size=9; expected a multiple of 2 (2 ranks x"),
         (["log.wandb=true"], "log.wandb=true: wandb is not installed; pip install wandb"),
         (["train.precision=fp16"], "train.precision='fp16': this cpu does not compute it"),
@@ -231,8 +234,28 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(recipe, arguments, message):
     assert len(told) == 1 and message in told[0]
 
 
-def test_a_trace_is_written_when_asked_for(recipe):
-    train(recipe, "data.source=images", "output=profile", "train.max_steps=11", "train.profile=true")
-    trace = json.loads((recipe.parent / "profile" / "trace.json").read_text())
+def test_an_unknown_kernel_mode_is_refused(recipe):
+    done = launch(recipe, "data.source=images", "output=bad", FASTMIM_KERNELS="foo")
+    assert done.returncode == 2 and "launch.py: FASTMIM_KERNELS is 'foo'; expected one of" in done.stdout
+
+
+def test_bad_images_are_counted_over_all_ranks(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY_YAML)
+    folder = write_images(tmp_path / "images", 24, suffix=".png")
+    for i in range(4):  # two for each rank, most likely; either alone is within the limit of three
+        whole = (folder / f"{i:04d}.png").read_bytes()
+        (folder / f"{i:04d}.png").write_bytes(whole[:60] + bytes(len(whole) - 80) + whole[-20:])
+    arguments = ["data.source=images", "output=run", "data.max_bad_fraction=0.125", "train.max_steps=12"]
+    done = launch(tmp_path / "tiny.yaml", *arguments, ranks=2)
+    assert done.returncode == 3, done.stdout
+    told = [line for line in done.stdout.splitlines() if line.startswith("launch.py: ")]
+    assert "4 of 24 images cannot be decoded; expected at most 3" in told[0]
+
+
+@pytest.mark.parametrize("steps", [2, 11])
+def test_a_trace_is_written_when_asked_for(recipe, steps):
+    output = f"profile{steps}"
+    train(recipe, "data.source=images", f"output={output}", f"train.max_steps={steps}", "train.profile=true")
+    trace = json.loads((recipe.parent / output / "trace.json").read_text())
     names = {event.get("name") for event in trace["traceEvents"]}
     assert "fastmim::masked_pixel_loss" in names or any("masked_pixel_loss" in str(name) for name in names)

@@ -82,8 +82,8 @@ class Index:
             return f"{self.shard_path(self.shard_ids[i])}:{name}"
         return os.path.join(self.root, name)
 
-    def summary(self) -> str:
-        """A few lines for a person."""
+    def summary(self, listed: int = 5) -> str:
+        """A few lines for a person; of what was left out, the first `listed` are named."""
         low, high = (self.heights.min(), self.widths.min()), (self.heights.max(), self.widths.max())
         size = f"{low[0]}x{low[1]}" + ("" if low == high else f" to {high[0]}x{high[1]}")
         lines = [f"{self.root}: {len(self):,} images ({self.kind}), {size} pixels"]
@@ -92,13 +92,19 @@ class Index:
             lines.append(f"{len(self.class_names):,} classes")
         if self.rejected:
             lines.append(f"{len(self.rejected):,} left out:")
-            lines += [f"  {location}: {reason}" for location, reason in self.rejected[:5]]
-            if len(self.rejected) > 5:
-                lines.append(f"  and {len(self.rejected) - 5:,} more")
+            lines += [f"  {location}: {reason}" for location, reason in self.rejected[:listed]]
+            if len(self.rejected) > listed:
+                lines.append(f"  and {len(self.rejected) - listed:,} more (fastmim index --all names them)")
         return "\n".join(lines)
 
 
-def build_index(source: str, config: DataConfig, progress: bool = True, refresh: bool = False) -> Index:
+_BLOCKS, _BLOCK = 64, 4096
+"""Evenly spaced blocks, and bytes in each, that stand for the content of an array in its fingerprint."""
+
+
+def build_index(
+    source: str, config: DataConfig, progress: bool = True, refresh: bool = False, option: str = "data.source"
+) -> Index:
     """Scan a source, or what has changed in it since the last scan.
 
     Args:
@@ -106,6 +112,7 @@ def build_index(source: str, config: DataConfig, progress: bool = True, refresh:
         config: channels, max_pixels and max_file_bytes decide what is usable.
         progress: show a bar.
         refresh: read everything again.
+        option: what the source was given as, for messages.
 
     Raises:
         DataError: when there is no such source, or no usable image in it.
@@ -113,10 +120,12 @@ def build_index(source: str, config: DataConfig, progress: bool = True, refresh:
     with warnings.catch_warnings():
         # What Pillow warns of, such as damaged tags, is either harmless or a reason in the index.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        return _build_index(source, config, progress, refresh)
+        return _build_index(source, config, progress, refresh, option)
 
 
-def _build_index(source: str, config: DataConfig, progress: bool, refresh: bool) -> Index:
+def _build_index(source: str, config: DataConfig, progress: bool, refresh: bool, option: str) -> Index:
+    if not source:
+        raise DataError(f"{option} is empty; expected a folder of images, .tar shards or an .npy array")
     path = os.path.abspath(os.path.expanduser(source))
     if os.path.isdir(path):
         return _index_folder(path, config, progress, refresh)
@@ -124,11 +133,11 @@ def _build_index(source: str, config: DataConfig, progress: bool, refresh: bool)
         return _index_npy(path, config)
     shards = [path] if os.path.isfile(path) else sorted(p for p in glob.glob(path) if os.path.isfile(p))
     if not shards:
-        raise DataError(f"data.source={source!r} does not exist; {what_is_near(path)}")
+        raise DataError(f"{option}={source!r} does not exist; {what_is_near(path)}")
     strangers = [shard for shard in shards if not shard.endswith(".tar")]
     if strangers:
         raise DataError(
-            f"data.source={source!r}: {strangers[0]} is no source; expected a folder of images, .tar shards or "
+            f"{option}={source!r}: {strangers[0]} is no source; expected a folder of images, .tar shards or "
             "an .npy array"
         )
     return _index_shards(shards, config, progress, refresh)
@@ -236,7 +245,11 @@ def _index_npy(path: str, config: DataConfig) -> Index:
     def column(value: int, dtype: type) -> np.ndarray:
         return np.broadcast_to(np.array(value, dtype), n)
 
-    fingerprint = hashlib.sha256(f"npy\0{os.path.basename(path)}\0{list(array.shape)}".encode()).hexdigest()
+    fingerprint = hashlib.sha256(f"npy\0{os.path.basename(path)}\0{list(array.shape)}".encode())
+    # Arrays of one name and shape are told apart by a sample of their bytes, which costs no scan.
+    content = array.reshape(-1)
+    for start in np.linspace(0, max(0, content.size - _BLOCK), _BLOCKS).astype(np.int64).tolist():
+        fingerprint.update(content[start : start + _BLOCK].tobytes())
     return Index(
         kind="npy",
         root=path,
@@ -247,7 +260,7 @@ def _index_npy(path: str, config: DataConfig) -> Index:
         classes=column(-1, np.int32),
         class_names=(),
         rejected=(),
-        fingerprint=fingerprint,
+        fingerprint=fingerprint.hexdigest(),
     )
 
 

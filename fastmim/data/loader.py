@@ -14,7 +14,7 @@ from fastmim.config import DataConfig
 from fastmim.data.decoder import DECODE_ERRORS, Decoder, Probe
 from fastmim.data.index import Index
 from fastmim.data.schedule import Plan, Schedule
-from fastmim.errors import DataError, TooManyBadImages
+from fastmim.errors import DataError, TrainingAborted
 
 _MAX_ATTEMPTS = 64
 _BAD_SHOWN = 20
@@ -79,7 +79,7 @@ class Loader:
         self.samples_per_epoch = self.schedule.samples_per_epoch
         self.bad: dict[int, str] = {}
         """Why each image that could not be decoded on this rank could not."""
-        self._allowed_bad = max(1, int(config.max_bad_fraction * len(index)))
+        self._allowed_bad = int(config.max_bad_fraction * len(index))
         self._micro_batch = micro_batch
         self._rank, self._world_size = rank, world_size
         self._device = exact_device(device)
@@ -139,16 +139,22 @@ class Loader:
         plan = self._ahead.popleft()
         return Batch(
             images,
-            torch.from_numpy(plan.epoch).to(self._device),
-            torch.from_numpy(plan.position).to(self._device),
+            *self._to_device(np.stack([plan.epoch, plan.position])).unbind(0),
             plan.sample,
+        )
+
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        # From pinned memory the copy does not wait for what the device still computes.
+        tensor = torch.from_numpy(values)
+        return (
+            tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
         )
 
     def _recover(self, error: Exception) -> None:
         """Find the bad images of what is under way, and start it again without them.
 
         Raises:
-            TooManyBadImages: when too many images are bad.
+            TrainingAborted: when too many images are bad.
             Exception: `error`, when every image decodes on its own.
         """
         self._decoder.close()
@@ -195,7 +201,7 @@ class Loader:
         if len(self.bad) > self._allowed_bad or len(self.bad) == len(self.index):
             raise self._too_many_bad()
 
-    def _too_many_bad(self) -> TooManyBadImages:
+    def _too_many_bad(self) -> TrainingAborted:
         lines = [
             f"{len(self.bad)} of {len(self.index)} images cannot be decoded; expected at most {self._allowed_bad} "
             f"(data.max_bad_fraction={self.config.max_bad_fraction:g})"
@@ -203,7 +209,7 @@ class Loader:
         lines += [f"  {self.index.name(i)}: {why}" for i, why in list(self.bad.items())[:_BAD_SHOWN]]
         if len(self.bad) > _BAD_SHOWN:
             lines.append(f"  and {len(self.bad) - _BAD_SHOWN} more")
-        return TooManyBadImages("\n".join(lines))
+        return TrainingAborted("\n".join(lines))
 
 
 def load_images(index: Index, config: DataConfig, n: int) -> Tensor:

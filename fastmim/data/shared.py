@@ -6,16 +6,16 @@ from fastmim.errors import DataError
 from fastmim.ranks import Ranks
 
 
-def open_index(source: str, config: DataConfig, ranks: Ranks) -> Index:
+def open_index(source: str, config: DataConfig, ranks: Ranks, option: str = "data.source") -> Index:
     """Scan on each node's first rank, read the cache on the others, and see that all found the same images.
 
     Raises:
         DataError: on every rank, when the source cannot be used on one or differs between nodes.
     """
-    ranks.run_on_first(lambda: build_index(source, config), each_node=True)
-    index = build_index(source, config, progress=False)
+    ranks.run_on_first(lambda: build_index(source, config, option=option), each_node=True)
+    index = build_index(source, config, progress=False, option=option)
     prints = ranks.gather(index.fingerprint)
     if len(set(prints)) > 1:
         other = next(rank for rank, fingerprint in enumerate(prints) if fingerprint != prints[0])
-        raise DataError(f"data.source={source!r} holds other images on rank {other} than on rank 0")
+        raise DataError(f"{option}={source!r} holds other images on rank {other} than on rank 0")
     return index

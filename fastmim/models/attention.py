@@ -85,9 +85,12 @@ class Attention(nn.Module):
         qkv_bias: bool = True,
         proj_bias: bool = True,
         backend: str = "sdpa",
-        **_timm_options,
+        **timm_options,
     ):
         super().__init__()
+        # timm's block passes every option of its own attention; those that are off need nothing.
+        active = [name for name, value in timm_options.items() if value and name != "norm_layer"]
+        assert not active, f"options that this attention does not have: {active}"
         self.num_heads = num_heads
         self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)

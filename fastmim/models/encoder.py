@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.config import Config
-from fastmim.kernels import gather_patches, gather_tokens
+from fastmim.kernels import embed_tokens, gather_patches
 from fastmim.models.blocks import Blocks, LayerNorm, init_weights
 from fastmim.models.pixels import PixelScale
 from fastmim.models.position import sincos_positions
@@ -57,8 +57,5 @@ class Encoder(nn.Module):
         """
         dtype = self.patch_embed.weight.dtype
         patches = gather_patches(images, ids_keep, self.patch_size, self.scale.mean, self.scale.std, dtype)
-        pos_embed = self.pos_embed.to(dtype)
-        positions = gather_tokens(pos_embed.expand(len(images), -1, -1), ids_keep, offset=1)
-        x = self.patch_embed(patches) + positions
-        cls = (self.cls_token + pos_embed[:, :1]).expand(len(images), -1, -1)
-        return self.norm(self.blocks(torch.cat([cls, x], dim=1)))
+        x = embed_tokens(self.patch_embed(patches), self.cls_token, self.pos_embed.to(dtype), ids_keep)
+        return self.norm(self.blocks(x))

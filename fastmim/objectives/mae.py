@@ -39,7 +39,8 @@ class MAE(nn.Module):
         self.patch_size = config.model.patch_size
         self.norm_pix_loss = config.objective.norm_pix_loss
         self.seed = config.train.seed
-        self.patches = config.grid[0] * config.grid[1]
+        self.columns = config.grid[1]
+        self.patches = config.grid[0] * self.columns
         self.keep = len_keep(self.patches, config.mask.ratio)
         self.scale = PixelScale(config.data.mean, config.data.std)
         self.encoder = Encoder(config, self.scale, attention)
@@ -63,7 +64,7 @@ class MAE(nn.Module):
         """What a viewer must know of `reconstruct`; empty when predictions are plain pixels."""
         if not self.norm_pix_loss:
             return ""
-        return "trained with norm_pix: each patch is shown with the original patch's own mean and contrast"
+        return "trained with norm_pix: mean and contrast of a removed patch are estimated from the visible patches"
 
     def predict(self, images: Tensor, mask: Mask) -> Tensor:
         """Predictions of the removed patches, [B, M, P * P * C], normalised as the target is."""
@@ -82,8 +83,8 @@ class MAE(nn.Module):
     def reconstruct(self, images: Tensor, mask: Mask) -> Tensor:
         """The images with removed patches replaced by predictions.
 
-        With `norm_pix_loss` a prediction has no mean and contrast of its own: it is given those of the patch it
-        stands for, read from `images`.
+        With `norm_pix_loss` a prediction has no mean and contrast of its own; it is given those of the visible
+        patches, the nearer the more. Nothing is read of a removed patch.
 
         Args:
             images: uint8 [B, H, W, C].
@@ -96,18 +97,25 @@ class MAE(nn.Module):
         size = self.patch_size
         grid = (batch, height // size, size, width // size, size, channels)
         patches = images.view(grid).transpose(2, 3).reshape(batch, self.patches, size * size, channels)
-        pixels = (patches.float() / 255 - self.scale.mean) / self.scale.std
-        removed = torch.zeros_like(mask.mask).scatter_(1, mask.ids_mask, True)
         pred = self.predict(images, mask).float()
         if self.norm_pix_loss:
-            own = pixels[removed].view(batch, -1, size * size * channels)
-            pred = pred * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
-        pixels[removed] = pred.view(-1, size * size, channels)
-        values = ((pixels * self.scale.std + self.scale.mean) * 255).round().clamp(0, 255).to(torch.uint8)
+            visible = patches[~mask.mask].view(batch, -1, size * size, channels)
+            visible = ((visible.float() / 255 - self.scale.mean) / self.scale.std).flatten(2)
+            nearness = self._nearness(mask)  # [B, M, K]
+            mean = nearness @ visible.mean(-1, keepdim=True)
+            contrast = nearness @ (visible.var(-1, keepdim=True) + 1e-6).sqrt()
+            pred = pred * contrast + mean
+        pixels = pred.view(-1, size * size, channels) * self.scale.std + self.scale.mean
+        patches[mask.mask] = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
         grid = (batch, height // size, width // size, size, size, channels)
-        return (
-            torch.where(removed[..., None, None], values, patches)
-            .view(grid)
-            .transpose(2, 3)
-            .reshape(images.shape)
-        )
+        return patches.view(grid).transpose(2, 3).reshape(images.shape)
+
+    def _nearness(self, mask: Mask) -> Tensor:
+        """Inverse squared distance from removed to visible patches, [B, M, K], rows summing to 1."""
+
+        def places(ids: Tensor) -> Tensor:
+            return torch.stack([ids // self.columns, ids % self.columns], dim=-1).float()
+
+        # Both id lists ascend, as boolean indexing does.
+        distance = torch.cdist(places(mask.ids_mask), places(mask.ids_keep))
+        return (nearness := distance.pow(-2)) / nearness.sum(-1, keepdim=True)

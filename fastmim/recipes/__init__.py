@@ -36,9 +36,7 @@ def load_with_sources(recipe: str, overrides: list[str] | None = None) -> tuple[
     """Like `load`, with a map from each key that was set to where it was set."""
     values = _read(recipe)
     sources = dict.fromkeys(_leaves(values), recipe)
-    for word in overrides or []:
-        key, value = _parse_override(word)
-        _set(values, key.split("."), value, word)
+    for key, value in _apply(values, overrides or []):
         sources = {k: v for k, v in sources.items() if k != key and not k.startswith(f"{key}.")}
         sources |= dict.fromkeys(_leaves({key: value}), "command line")
     return build(values), sources
@@ -47,10 +45,16 @@ def load_with_sources(recipe: str, overrides: list[str] | None = None) -> tuple[
 def override(overrides: list[str]) -> Config:
     """The defaults, changed by `key.sub=value` words; for commands that read a part of a configuration."""
     values: dict[str, Any] = {}
-    for word in overrides:
-        key, value = _parse_override(word)
-        _set(values, key.split("."), value, word)
+    _apply(values, overrides)
     return build(values)
+
+
+def _apply(values: dict[str, Any], overrides: list[str]) -> list[tuple[str, Any]]:
+    """Set every override in `values`; returns them as (key, value)."""
+    parsed = [(word, *_parse_override(word)) for word in overrides]
+    for word, key, value in parsed:
+        _set(values, key.split("."), value, word)
+    return [(key, value) for _, key, value in parsed]
 
 
 def build(values: dict[str, Any]) -> Config:
@@ -91,7 +95,10 @@ def _read(recipe: str) -> dict[str, Any]:
             raise ConfigError(
                 f"--config {recipe}: no such file; expected a YAML file or one of {', '.join(names())}"
             )
-        text = path.read_text()
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--config {recipe}: cannot be read as text ({error})") from None
     elif recipe in names():
         text = (resources.files(__name__) / f"{recipe}.yaml").read_text()
     else:

@@ -175,7 +175,7 @@ def test_a_truncated_jpeg_is_used_only_where_its_window_is_whole(tmp_path, photo
 
 
 def test_a_file_emptied_after_the_scan_is_bad_too(index, configure):
-    config = configure()
+    config = configure(max_bad_fraction=0.1)
     (gone,) = [i for i in range(len(index)) if index.name(i).endswith("004.jpg")]
     Path(index.name(gone)).write_bytes(b"")
     loader = make_loader(index, config)
@@ -184,7 +184,7 @@ def test_a_file_emptied_after_the_scan_is_bad_too(index, configure):
 
 
 def test_too_many_bad_images_abort_with_their_names(damaged, configure):
-    config = configure()  # 1 % of 40 images, but at least one
+    config = configure(max_bad_fraction=0.03)  # one of 40 images
     _, broken, ruined = damaged(config)
     loader = make_loader(broken, config)
     with pytest.raises(

@@ -1,18 +1,21 @@
 """Every kernel is compiled for three GPU generations, as an operation launches it, on a machine without a GPU."""
 
-import re
-import subprocess
-
 import pytest
 import torch
-import triton
-from fastmim.kernels import _dispatch, gather_patches, gather_tokens, masked_pixel_loss, unshuffle
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from fastmim.kernels import (
+    _dispatch,
+    embed_tokens,
+    gather_patches,
+    gather_tokens,
+    masked_pixel_loss,
+    sample_random_mask,
+    unshuffle,
+)
+from fastmim.kernels.align import cosine_align, mse_align
+from fastmim.kernels.masked_cross_entropy import masked_cross_entropy
 
+from benchmarks.compiled import Launch, compile_to_sass, opcodes
 from tests.kernels.kernel_testing import constants, random_images, split_ids
-
-POINTERS = {torch.uint8: "*u8", torch.int64: "*i64", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
 def record_launches(monkeypatch, side, patch_size, width, decoder_width, channels=3):
@@ -20,7 +23,7 @@ def record_launches(monkeypatch, side, patch_size, width, decoder_width, channel
     launches = {}
 
     def record(function, grid, *args, num_warps=4, **settings):
-        launches[function.__name__] = (function, args, num_warps, settings)
+        launches[function.__name__] = Launch(function, args, {"num_warps": num_warps}, settings)
 
     monkeypatch.setattr(_dispatch, "MODE", "interpret")
     monkeypatch.setattr(_dispatch, "launch", record)
@@ -34,6 +37,9 @@ def record_launches(monkeypatch, side, patch_size, width, decoder_width, channel
         return torch.zeros(*shape, dtype=torch.bfloat16, requires_grad=True)
 
     gather_patches(images, ids_keep, patch_size, mean, std, torch.bfloat16)
+    embed_tokens(
+        floats(2, kept, width), floats(1, 1, width), torch.zeros(1, 1 + patches, width).bfloat16(), ids_keep
+    )
     tokens = gather_tokens(floats(2, 1 + patches, width), ids_keep, offset=1)
     tokens.backward(torch.zeros_like(tokens))
     assembled = unshuffle(
@@ -48,43 +54,11 @@ def record_launches(monkeypatch, side, patch_size, width, decoder_width, channel
     return launches
 
 
-def compile_to_sass(tmp_path, launch, capability):
-    """Compile as Triton's launcher would: it specialises on 1, on multiples of 16 and on aligned pointers."""
-    function, args, num_warps, settings = launch
-    signature = dict.fromkeys(settings, "constexpr")
-    settings = dict(settings)
-    attributes = {}
-    for index, (name, value) in enumerate(zip(function.arg_names, args, strict=False)):
-        if isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1:
-            signature[name], settings[name] = "constexpr", 1
-        else:
-            signature[name] = "i32"
-        # PyTorch's CUDA memory is aligned to 512 bytes.
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value != 1 and value % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
-        ASTSource(function, signature, settings, attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps},
-    )
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    disassembler = triton.knobs.nvidia.nvdisasm.path
-    return subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
-
-
-def opcodes(sass, name):
-    return re.findall(rf"\b{name}[.\w]*", sass)
-
-
 KERNELS = [
+    "_embed_tokens_forward_kernel",
     "_gather_patches_forward_kernel",
     "_gather_tokens_forward_kernel",
-    "_gather_tokens_backward_kernel",
+    "_scatter_tokens_forward_kernel",
     "_unshuffle_forward_kernel",
     "_unshuffle_backward_kernel",
     "_masked_pixel_loss_forward_kernel",
@@ -94,10 +68,10 @@ KERNELS = [
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("name", KERNELS)
-def test_vit_base_kernels_do_not_spill_and_use_128_bit_access(monkeypatch, tmp_path, name, capability):
+def test_vit_base_kernels_do_not_spill_and_use_128_bit_access(monkeypatch, name, capability):
     launches = record_launches(monkeypatch, side=224, patch_size=16, width=768, decoder_width=512)
     assert sorted(launches) == sorted(KERNELS)
-    sass = compile_to_sass(tmp_path, launches[name], capability)
+    sass = compile_to_sass(launches[name], capability)
     assert not opcodes(sass, "STL") and not opcodes(sass, "LDL")
     assert any(opcode.endswith(".128") for opcode in opcodes(sass, "LDG"))
     stores = opcodes(sass, "STG")
@@ -112,7 +86,78 @@ def test_vit_base_kernels_do_not_spill_and_use_128_bit_access(monkeypatch, tmp_p
     ids=["P14", "P32 C13", "P4 C1"],
 )
 @pytest.mark.parametrize("name", KERNELS)
-def test_other_sizes_do_not_spill(monkeypatch, tmp_path, name, side, patch_size, channels):
+def test_other_sizes_do_not_spill(monkeypatch, name, side, patch_size, channels):
     launches = record_launches(monkeypatch, side, patch_size, 1280, 512, channels)
-    sass = compile_to_sass(tmp_path, launches[name], 90)
+    sass = compile_to_sass(launches[name], 90)
+    assert not opcodes(sass, "STL") and not opcodes(sass, "LDL")
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("patches", [196, 256, 4096])
+def test_mask_sampling_stays_in_registers(monkeypatch, patches, capability):
+    launches = []
+
+    def record(function, grid, *args, num_warps=4, **settings):
+        launches.append(Launch(function, args, {"num_warps": num_warps}, settings))
+
+    monkeypatch.setattr(_dispatch, "MODE", "interpret")
+    monkeypatch.setattr(_dispatch, "launch", record)
+    positions = torch.arange(2)
+    sample_random_mask(3, positions, positions, patches, patches // 4)
+    sass = compile_to_sass(launches[0], capability)
+    assert not opcodes(sass, "STL") and not opcodes(sass, "LDL")
+    # The id lists are compacted, one id a store; rows of ids_restore start on 16 bytes where 16 divides N.
+    assert any(opcode.endswith(".128") for opcode in opcodes(sass, "STG")) == (patches % 16 == 0)
+    if patches <= 1024:  # one warp: counting needs no shared memory
+        assert not opcodes(sass, "LDS") and not opcodes(sass, "STS")
+
+
+def record_loss_launches(monkeypatch, width, classes):
+    """Return the launches of the losses on rows, forward and backward in bfloat16, without running them."""
+    launches = {}
+
+    def record(function, grid, *args, num_warps=4, **settings):
+        name = " ".join([function.__name__, *(str(settings[key]) for key in ("COMPARE",) if key in settings)])
+        launches[name] = Launch(function, args, {"num_warps": num_warps}, settings)
+
+    monkeypatch.setattr(_dispatch, "MODE", "interpret")
+    monkeypatch.setattr(_dispatch, "launch", record)
+    x = torch.zeros(2, 98, width, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.zeros_like(x)
+    for loss, _ in (mse_align(x, target), mse_align(x, target, normalise=False), cosine_align(x, target)):
+        loss.backward()
+    weight = torch.zeros(classes, 16, dtype=torch.bfloat16, requires_grad=True)
+    masked_cross_entropy(x[0, :, :16], weight, None, torch.arange(98))[0].backward()
+    return launches
+
+
+LOSS_KERNELS = [
+    *(
+        f"_align_{direction}_kernel {compare}"
+        for direction in ("forward", "backward")
+        for compare in range(3)
+    ),
+    "_softmax_gradient_kernel",
+    "_scale_gradient_kernel",
+]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", LOSS_KERNELS)
+def test_vit_base_loss_kernels_do_not_spill_and_use_128_bit_access(monkeypatch, name, capability):
+    launches = record_loss_launches(monkeypatch, width=768, classes=8192)
+    assert sorted(launches) == sorted(LOSS_KERNELS)
+    sass = compile_to_sass(launches[name], capability)
+    assert not opcodes(sass, "STL") and not opcodes(sass, "LDL")
+    assert any(opcode.endswith(".128") for opcode in opcodes(sass, "LDG"))
+    stores = opcodes(sass, "STG")
+    assert any(opcode.endswith(".128") for opcode in stores) == ("align_forward" not in name)
+    # What is not stored 128 bits at a time is one loss per row.
+    assert sum(not opcode.endswith(".128") for opcode in stores) <= 1
+
+
+@pytest.mark.parametrize(("width", "classes"), [(96, 1000), (1280, 25088), (2048, 16383)])
+@pytest.mark.parametrize("name", LOSS_KERNELS)
+def test_other_loss_sizes_do_not_spill(monkeypatch, name, width, classes):
+    sass = compile_to_sass(record_loss_launches(monkeypatch, width, classes)[name], 90)
     assert not opcodes(sass, "STL") and not opcodes(sass, "LDL")

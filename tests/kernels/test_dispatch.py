@@ -7,7 +7,7 @@ from pathlib import Path
 import fastmim.kernels
 import pytest
 import torch
-from fastmim.kernels import _dispatch, gather_patches, gather_tokens
+from fastmim.kernels import _dispatch, gather_patches, gather_tokens, sample_random_mask
 
 FOLDER = Path(fastmim.kernels.__file__).parent
 
@@ -84,11 +84,13 @@ assert launched == ["_gather_tokens_forward_kernel"], launched
 
 def test_interpreter_leaves_triton_as_it_was(monkeypatch):
     monkeypatch.setattr(_dispatch, "MODE", "interpret")
-    places = (_dispatch.tl, _dispatch.tl.core, _dispatch.tl.standard, _dispatch.tl.math, _dispatch.tl.tensor)
+    tl = _dispatch.tl
+    places = (tl, tl.core, tl.standard, tl.math, tl.random, tl.tensor)
     before = [dict(vars(place)) for place in places]
     images, ids = torch.zeros(1, 8, 8, 1, dtype=torch.uint8), torch.tensor([[2, 1]])
     gather_patches(images, ids, 4, torch.zeros(1), torch.ones(1), torch.float32)
     gather_tokens(torch.zeros(1, 4, 8, requires_grad=True), ids).sum().backward()
+    sample_random_mask(0, ids[0], ids[0], patches=4, keep=2)
     for place, attributes in zip(places, before, strict=True):
         changed = [name for name, value in attributes.items() if vars(place)[name] is not value]
         assert not changed, place

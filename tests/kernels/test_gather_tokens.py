@@ -113,7 +113,7 @@ def test_opcheck(backend):
     x = torch.randn(2, 7, 8, requires_grad=True)
     torch.library.opcheck(torch.ops.fastmim.gather_tokens.default, (x, ids, 1))
     grad = torch.randn(2, 3, 8)
-    torch.library.opcheck(torch.ops.fastmim.gather_tokens_backward.default, (grad, ids, 7, 1))
+    torch.library.opcheck(torch.ops.fastmim.scatter_tokens.default, (grad, ids, 7, 1))
 
 
 def test_compiles_without_graph_breaks(backend, compiler):

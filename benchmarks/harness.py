@@ -1,0 +1,96 @@
+"""Timing that several scripts share: contenders take turns, so a drift of the machine's speed cancels."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import triton
+
+FLUSH_BYTES = 512 * 2**20
+"""Written before each sample on CUDA: more than any cache holds, and long enough to queue the work behind it."""
+
+
+def describe_machine(device: str) -> dict:
+    """Return what a result needs to be read later: device, cores, threads, versions."""
+    processor = platform.processor() or platform.machine()
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def time_in_turns(
+    contenders: dict[str, Callable[[], object]], device: str, rounds: int = 20, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Time each contender once a round.
+
+    Args:
+        contenders: name -> what to run; its result is dropped.
+        device: "cuda" times with events behind a flush of the cache, "cpu" by the clock.
+        rounds: samples per contender.
+        warmup: rounds before those, which compile and allocate.
+
+    Returns:
+        name -> seconds, one a round.
+    """
+    once = _cuda_timer() if device == "cuda" else _clock
+    samples = {name: [] for name in contenders}
+    for round_number in range(warmup + rounds):
+        for name, run in contenders.items():
+            seconds = once(run)
+            if round_number >= warmup:
+                samples[name].append(seconds)
+    return samples
+
+
+def _clock(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _cuda_timer() -> Callable[[Callable[[], object]], float]:
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+    def once(run: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return once
+
+
+def summarise(samples: list[float]) -> dict[str, float]:
+    """Return median, 20th and 80th percentile in microseconds."""
+    if len(samples) == 1:
+        return dict.fromkeys(("median_us", "p20_us", "p80_us"), 1e6 * samples[0])
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return {
+        "median_us": 1e6 * statistics.median(samples),
+        "p20_us": 1e6 * fifths[0],
+        "p80_us": 1e6 * fifths[3],
+    }
+
+
+def ratio(numerator: list[float], denominator: list[float]) -> float:
+    """Return the median over rounds of one contender's time over another's."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def measure_copy_bandwidth(rounds: int = 20) -> float:
+    """Bytes per second, read plus written, of a large copy on the current CUDA device."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    samples = time_in_turns({"copy": lambda: target.copy_(source)}, "cuda", rounds)
+    return 2 * source.numel() / statistics.median(samples["copy"])

@@ -1,0 +1,214 @@
+"""How many bytes do the kernels move, what do the compilers make of them, and how fast are they?
+
+    python benchmarks/kernels.py --static [--json PATH]   anywhere: counted, compiled, predicted; measures nothing
+    python benchmarks/kernels.py [--json PATH]            on a CUDA device: times the same rows
+    python benchmarks/kernels.py --cpu [--json PATH]      the CPU path against the public formulation
+
+`benchmarks/README.md` explains the columns.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+# Run as a script, Python looks here first, where this file would pass for a package called `kernels`.
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from fastmim.kernels import _dispatch
+
+from benchmarks import harness, rows
+from benchmarks.cases import CASES
+from benchmarks.compiled import TARGETS
+from benchmarks.problems import SHAPES, Problem, Shape
+
+CPU_TARGETS = {"masked_pixel_loss": 2.0, "unshuffle": 1.5}
+"""Kernels that `--cpu` times, and how much faster than the public formulation they are meant to be."""
+
+
+def contenders(problem: Problem, name: str, compiler: str) -> dict:
+    """Return what is timed of one pass: fused, eager, and eager compiled by a `torch.compile` backend."""
+    functions = {
+        "fused": (problem.fused, problem.fused_args),
+        "eager": (problem.naive, problem.naive_args),
+        "compiled": (
+            torch.compile(problem.naive, backend=compiler, fullgraph=True, dynamic=False),
+            problem.naive_args,
+        ),
+    }
+    if name == "backward":
+        return {key: rows.prepare_backward(*value) for key, value in functions.items()}
+    return {key: functools.partial(function, *args) for key, (function, args) in functions.items()}
+
+
+def measure_pass(
+    problem: Problem, name: str, device: str, copy_bandwidth: float, rounds: int, compiler: str = "inductor"
+) -> dict:
+    """Time one pass; GB/s are the floor's bytes over the time, so that contenders compare."""
+    # A compiled backward pass is run more than once per forward pass here.
+    with mock.patch("torch._functorch.config.donated_buffer", False):
+        samples = harness.time_in_turns(contenders(problem, name, compiler), device, rounds)
+    measured = {}
+    for key, seconds in samples.items():
+        summary = harness.summarise(seconds)
+        speed = problem.floor[name] / (1e-6 * summary["median_us"])
+        measured[key] = {
+            **summary,
+            "gb_per_s": 1e-9 * speed,
+            "copy_percent": 100 * speed / copy_bandwidth,
+            "times_fused": harness.ratio(seconds, samples["fused"]),
+        }
+    return measured
+
+
+def measure_rows(
+    jobs: list[tuple[str, str, Shape]],
+    device: str,
+    arch: str,
+    copy_bandwidth: float,
+    rounds: int,
+    compiler: str = "inductor",
+) -> list[dict]:
+    """Return the static rows for one architecture, each with what was measured, or with its error.
+
+    A contender that fails, such as one that the compiler refuses, does not end an unattended run.
+    """
+    measured = []
+    for kernel, dtype, shape in jobs:
+        print(f"{kernel} {dtype} {shape.name}", file=sys.stderr)
+        problem = rows.build(kernel, dtype, shape, device)
+        for row in rows.static_rows([(kernel, dtype, shape)], [arch]):
+            # Every shape is compiled for itself: a second one would otherwise be compiled for any size.
+            torch.compiler.reset()
+            row["copy_gb_per_s"] = 1e-9 * copy_bandwidth
+            try:
+                row["measured"] = measure_pass(problem, row["pass"], device, copy_bandwidth, rounds, compiler)
+            except Exception as error:
+                row["error"] = f"{type(error).__name__}: {error}"
+                print(f"{kernel} {row['pass']}: {row['error']}", file=sys.stderr)
+            measured.append(row)
+    return measured
+
+
+def measure_on_cpu(shape: Shape, dtypes: list[str], rounds: int) -> list[dict]:
+    """Time forward + backward of the CPU path against the public formulation."""
+    measured = []
+    for kernel, target in CPU_TARGETS.items():
+        for dtype in dtypes:
+            problem = rows.build(kernel, dtype, shape, "cpu")
+            runs = {
+                "naive": lambda p=problem: rows.prepare_backward(p.naive, p.naive_args)(),
+                "reference": lambda p=problem: rows.prepare_backward(p.fused, p.fused_args)(),
+            }
+            with mock.patch.object(_dispatch, "MODE", "reference"):
+                samples = harness.time_in_turns(runs, "cpu", rounds)
+            measured.append(
+                {
+                    **{"kernel": kernel, "pass": "forward+backward", "dtype": dtype, "arch": "cpu"},
+                    "shape": f"{shape.name} batch {shape.batch}",
+                    **{name: harness.summarise(seconds) for name, seconds in samples.items()},
+                    "ratio": harness.ratio(samples["naive"], samples["reference"]),
+                    "target": target,
+                }
+            )
+    return measured
+
+
+def print_table(title: str, header: list[str], lines: list[list]) -> None:
+    """Print a Markdown table."""
+    print(f"\n{title}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
+    for line in lines:
+        print(f"| {' | '.join(str(cell) for cell in line)} |")
+
+
+def print_static(table: list[dict]) -> None:
+    """Print the compilers' figures per arch, then bytes and predictions once per pass."""
+    names = ["kernel", "pass", "dtype", "shape"]
+    figures = ["arch", "registers", "spills", "shared_bytes", "load_bits", "store_bits", "occupancy"]
+    lines = [[row[name] for name in names + figures] for row in table]
+    print_table("Compiled, read from machine code:", names + figures, lines)
+    once = {tuple(row[name] for name in names): row for row in table}
+    lines = []
+    for identity, row in once.items():
+        floor = row["floor_bytes"]
+        ratios = [f"{row[key] / floor:.3f}" for key in ("bytes", "distinct_bytes", "sector_bytes")]
+        eager = [f"{row['eager_bytes'] / floor:.1f}", row["eager_launches"]]
+        predicted = [f"{microseconds:.1f}" for microseconds in row["predicted_us"].values()]
+        lines.append([*identity, f"{floor / 1e6:.2f}", *ratios, row["launches"], *eager, *predicted])
+    header = [*names, "floor MB", "bytes / floor", "distinct / floor", "sectors / floor", "launches"]
+    header += ["eager / floor", "eager launches", *(f"predicted µs {gpu}" for gpu in rows.BANDWIDTH)]
+    print_table("Bytes, counted; times are predicted from published bandwidth, not measured:", header, lines)
+
+
+def print_measured(table: list[dict]) -> None:
+    """Print what was timed on a CUDA device."""
+    names = ["kernel", "pass", "dtype", "shape"]
+    header = [*names, "contender", "median µs", "p20", "p80", "GB/s of the floor", "% of copy", "× fused"]
+    lines = []
+    for row in table:
+        for contender, time in row.get("measured", {}).items():
+            cells = [f"{value:.1f}" for value in time.values()]
+            lines.append([*(row[name] for name in names), contender, *cells])
+    print_table("Measured:", header, lines)
+
+
+def print_cpu(table: list[dict]) -> None:
+    """Print the CPU's times."""
+    lines = []
+    for row in table:
+        times = [f"{row[name]['median_us'] / 1e3:.1f}" for name in ("naive", "reference")]
+        identity = [row[name] for name in ("kernel", "pass", "dtype", "shape")]
+        lines.append([*identity, *times, f"{row['ratio']:.2f}", row["target"]])
+    header = ["kernel", "pass", "dtype", "shape", "naive ms", "reference ms", "naive / reference", "target"]
+    print_table("Measured on this CPU:", header, lines)
+
+
+def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--static", action="store_true", help="count, compile and predict; needs no GPU")
+    mode.add_argument("--cpu", action="store_true", help="time the CPU path")
+    parser.add_argument("--json", type=Path, help="where to store the rows")
+    parser.add_argument("--kernels", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--dtypes", nargs="+", choices=rows.DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument("--archs", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--rounds", type=int, default=20)
+    args = parser.parse_args(arguments)
+    if not (args.static or args.cpu or torch.cuda.is_available()):
+        parser.error("no CUDA device; --static and --cpu need none")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print tables, and write JSON where asked."""
+    args = read_arguments(arguments)
+    jobs = rows.plan(args.kernels, args.dtypes, [SHAPES[name] for name in args.shapes])
+    if args.static:
+        table, mode = list(rows.static_rows(jobs, args.archs)), "static"
+        print_static(table)
+    elif args.cpu:
+        shape = Shape("ViT-B/16", 16, 768, batch=32)
+        table, mode = measure_on_cpu(shape, args.dtypes, args.rounds), "cpu"
+        print_cpu(table)
+    else:
+        bandwidth, mode = harness.measure_copy_bandwidth(), "cuda"
+        table = measure_rows(jobs, "cuda", rows.local_arch(), bandwidth, args.rounds)
+        print_static(table)
+        print_measured(table)
+    if args.json:
+        machine = harness.describe_machine("cuda" if mode == "cuda" else "cpu")
+        args.json.write_text(json.dumps({"machine": {"mode": mode, **machine}, "rows": table}, indent=1))
+    if any("error" in row for row in table):
+        sys.exit("some rows could not be measured; see above")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""What a recipe's `deepspeed:` fragment may hold, checked without importing DeepSpeed."""
+
+from typing import Any
+
+# DeepSpeed ignores an unknown top-level key silently, so the accepted ones are listed here.
+KEYS = {
+    "aio",
+    "comms_logger",
+    "communication_data_type",
+    "data_types",
+    "disable_allgather",
+    "dump_state",
+    "flops_profiler",
+    "gradient_allreduce_op",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "prescale_gradients",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+}
+OWNED = {
+    "train_batch_size": "optim.batch_size",
+    "train_micro_batch_size_per_gpu": "optim.batch_size and optim.accumulation",
+    "gradient_accumulation_steps": "optim.accumulation",
+    "gradient_clipping": "optim.clip_grad",
+    "optimizer": "optim",
+    "scheduler": "optim",
+    "bf16": "train.precision",
+    "bfloat16": "train.precision",
+    "fp16": "train.precision",
+    "torch_autocast": "train.precision",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "checkpoint": "checkpoint",
+    "compile": "train.compile",
+    "steps_per_print": "log.every_steps",
+    "tensorboard": "log.tensorboard",
+    "wandb": "log.wandb",
+}
+
+
+def check_fragment(fragment: dict[str, Any]) -> None:
+    """Refuse what this configuration sets itself, and what DeepSpeed would ignore.
+
+    Raises:
+        ValueError: names the key and what is accepted.
+    """
+    for key in fragment:
+        if key in OWNED:
+            raise ValueError(f"deepspeed.{key} is set by {OWNED[key]}; set it there")
+        if key not in KEYS:
+            raise ValueError(f"deepspeed.{key}: unknown key; expected one of {', '.join(sorted(KEYS))}")
+    zero = fragment.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ValueError(f"deepspeed.zero_optimization={zero!r}; expected a mapping such as {{stage: 2}}")
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise ValueError(f"deepspeed.zero_optimization.stage={stage!r}; expected 0, 1, 2 or 3")

@@ -1,0 +1,235 @@
+"""The kernel benchmark plans, counts and compiles on a machine without a GPU."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fastmim.kernels import _dispatch
+
+from benchmarks import counting, harness, kernels, rows
+from benchmarks.cases import CASES
+from benchmarks.compiled import TARGETS, cuda_occupancy
+from benchmarks.problems import SHAPES, Shape
+
+KEYS = {
+    *("kernel", "pass", "dtype", "shape", "arch", "registers", "spills", "shared_bytes", "load_bits"),
+    *("store_bits", "bytes", "floor_bytes", "launches", "eager_bytes", "eager_launches"),
+}
+ONE_ID = torch.zeros(1, dtype=torch.int64)
+SMALL = Shape("small", patch_size=16, width=256, decoder_width=256, batch=2, side=128, classes=512)
+BUDGETS = {
+    **dict.fromkeys(
+        ["gather_patches", "gather_tokens", "embed_tokens", "unshuffle", "masked_pixel_loss"], 1.05
+    ),
+    **dict.fromkeys(["sample_mask", "mse_align", "cosine_align", "masked_cross_entropy", "info_nce"], 1.3),
+}
+ABOVE_BUDGET = {
+    ("embed_tokens", "forward"): "every sample reads its positions, every program the cls token, again",
+    ("embed_tokens", "backward"): "the cls token's sum in float32 is written, read and rounded",
+    ("unshuffle", "forward"): "every sample reads the positions, every program the mask token, again",
+    ("unshuffle", "backward"): "the mask token's partial sums in float32 are written and read",
+    ("masked_pixel_loss", "backward"): "autograd fills gradients of unused outputs with zeros",
+    ("masked_cross_entropy", "forward"): "chunks of logits are written and read, the weight is read for each",
+    ("masked_cross_entropy", "backward"): "the weight's gradient is kept in float32",
+    ("info_nce", "forward"): "chunks of logits are written and read, the keys are read for each",
+}
+INTEGER = ["sample_mask"]
+FORWARD_ONLY = ["sample_mask", "gather_patches"]
+PASSES = [(name, "forward") for name in BUDGETS] + [
+    (name, "backward") for name in BUDGETS if name not in FORWARD_ONLY
+]
+
+
+def build(name, shape=SMALL, dtype="bfloat16"):
+    return rows.build(name, "int64" if name in INTEGER else dtype, shape, "cpu")
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """Traffic of every case, counted once."""
+    return {name: rows.count_passes(*fused(build(name))) for name in CASES}
+
+
+def fused(problem):
+    return problem.fused, problem.fused_args
+
+
+@pytest.mark.parametrize(("name", "which"), PASSES, ids=lambda part: part)
+def test_bytes_are_within_the_budget(request, counted, name, which):
+    if reason := ABOVE_BUDGET.get((name, which)):
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    assert counted[name][which].bytes <= BUDGETS[name] * build(name).floor[which]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_pass_moves_less_than_its_floor(counted, name):
+    floor = build(name).floor
+    assert floor.keys() == counted[name].keys()
+    for which, traffic in counted[name].items():
+        assert floor[which] <= traffic.distinct_bytes <= traffic.bytes <= traffic.sector_bytes
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_fused_and_the_naive_result_agree(name):
+    """What is compared is the same work; the losses' naive inputs differ on purpose, so only their kind."""
+    problem = build(name, dtype="float32")
+    ours = rows.first_tensor(problem.fused(*problem.fused_args))
+    theirs = rows.first_tensor(problem.naive(*problem.naive_args))
+    assert ours.shape == theirs.shape and ours.requires_grad == theirs.requires_grad
+    if problem.fused_args is problem.naive_args:
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_static_rows_have_every_key_and_survive_json(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    arguments = ["--static", "--kernels", "gather_tokens", "--shapes", "ViT-B/16", "--dtypes", "bfloat16"]
+    kernels.main([*arguments, "--archs", "sm_90", "gfx942", "--json", str(path)])
+    stored = json.loads(path.read_text())
+    assert stored["machine"]["mode"] == "static"
+    assert [(row["pass"], row["arch"]) for row in stored["rows"]] == [
+        *(("forward", "sm_90"), ("forward", "gfx942"), ("backward", "sm_90"), ("backward", "gfx942"))
+    ]
+    for row in stored["rows"]:
+        assert row.keys() >= KEYS
+        assert row["spills"] == 0 and row["load_bits"] == row["store_bits"] == 128
+        assert 0 < row["occupancy"] <= 1
+        assert row["predicted_us"]["H100"] == pytest.approx(row["bytes"] / 3.35e6)
+    printed = capsys.readouterr().out
+    assert printed.count("| gather_tokens |") == 6 and "predicted" in printed
+
+
+def test_the_plan_covers_every_kernel_dtype_and_shape():
+    args = kernels.read_arguments(["--static"])
+    jobs = rows.plan(args.kernels, args.dtypes, [SHAPES[name] for name in args.shapes])
+    assert CASES.keys() == BUDGETS.keys()
+    assert len(jobs) == len(set(jobs)) == 3 * (2 * len(CASES) - len(INTEGER))
+    assert args.archs == list(TARGETS) == ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
+def test_the_script_runs_from_any_folder_and_refuses_to_measure_without_a_gpu(tmp_path):
+    script = Path(kernels.__file__)
+    command = [sys.executable, script, "--kernels", "unshuffle"]
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": "", "HOME": str(tmp_path)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "no CUDA device; --static and --cpu need none" in run.stderr
+
+
+@pytest.mark.parametrize(("name", "which"), PASSES, ids=lambda part: part)
+def test_what_is_timed_on_a_gpu_runs(name, which):
+    measured = kernels.measure_pass(build(name), which, "cpu", 1e9, rounds=2, compiler="aot_eager")
+    torch.compiler.reset()
+    assert measured.keys() == {"fused", "eager", "compiled"}
+    for times in measured.values():
+        assert times["p20_us"] <= times["median_us"] <= times["p80_us"]
+        assert times["copy_percent"] == pytest.approx(100 * times["gb_per_s"])
+
+
+def test_a_contender_that_fails_does_not_end_the_run(monkeypatch):
+    def refuse(x, ids):
+        raise RuntimeError("refused")
+
+    original = CASES["gather_tokens"]
+    broken = replace(original, build=lambda inputs: replace(original.build(inputs), naive=refuse))
+    counted = rows.count_problem(build("gather_tokens"))
+    monkeypatch.setattr(rows, "count_problem", lambda problem: counted)
+    arguments = {"device": "cpu", "arch": "sm_90", "copy_bandwidth": 1e9, "rounds": 2}
+    jobs = [("gather_tokens", "bfloat16", SMALL)]
+    measured = kernels.measure_rows(jobs, **arguments, compiler="aot_eager")
+    assert all("measured" in row and row.keys() >= KEYS for row in measured)
+    monkeypatch.setitem(CASES, "gather_tokens", broken)
+    failed = kernels.measure_rows(jobs, **arguments, compiler="aot_eager")
+    torch.compiler.reset()
+    assert [row["pass"] for row in failed] == ["forward", "backward"]
+    assert all("refused" in row["error"] and "measured" not in row for row in failed)
+
+
+def test_the_cpu_comparison_reports_a_ratio_per_kernel():
+    table = kernels.measure_on_cpu(SMALL, ["float32"], rounds=2)
+    assert [row["kernel"] for row in table] == ["masked_pixel_loss", "unshuffle"]
+    assert all(math.isfinite(row["ratio"]) and row["ratio"] > 0 for row in table)
+
+
+class TestCounting:
+    def test_a_masked_lane_is_not_counted_and_a_shared_byte_counts_once_a_program(self):
+        x, ids = torch.randn(1, 5, 3), torch.tensor([[4, 0]])
+        with counting.count_traffic() as traffic:
+            _dispatch_call(x, ids)
+        # Two rows of 3 floats read and written, two ids read; the tile is 512 rows of 4.
+        assert traffic.bytes == traffic.distinct_bytes == 2 * (2 * 12 + 8)
+        assert traffic.launches == 1
+
+    def test_what_two_programs_read_counts_twice(self):
+        x, ids = torch.randn(1, 4, 512), torch.tensor([[1, 3]])
+        with counting.count_traffic() as traffic:
+            _dispatch_call(x, ids)
+        # Two programs share a row, 256 columns each: both read both ids.
+        assert traffic.distinct_bytes == 2 * (2 * 2048 + 8)
+        assert traffic.bytes == traffic.distinct_bytes + 16
+
+    def test_sectors_are_whole(self):
+        x, ids = torch.randn(1, 4, 8)[..., :1], torch.tensor([[1, 3]])
+        with counting.count_traffic() as traffic:
+            _dispatch_call(x, ids)
+        assert traffic.bytes == 2 * (4 + 4 + 8)
+        assert traffic.sector_bytes == 2 * 32 + 32 + 32
+
+    @pytest.mark.parametrize(
+        ("call", "moved"),
+        [
+            (lambda x: x.view(16).expand(3, 16), None),
+            (lambda x: torch.empty_like(x), None),
+            (lambda x: x + 1, 128),
+            (lambda x: x.add_(1), 128),
+            (lambda x: x.zero_(), 64),
+            (lambda x: x.new_zeros(8), 32),
+            (lambda x: x.t().contiguous(), 128),
+            (lambda x: x[:1].expand(4, 4) + x, 16 + 128),
+            (lambda x: x.index_select(0, ONE_ID), 16 + 16 + 8),
+            (lambda x: x.clone().copy_(x), 128 + 128),
+        ],
+        ids=["view", "allocation", "add", "add_", "zero_", "zeros", "copy", "expanded", "gather", "copy_"],
+    )
+    def test_bytes_of_aten_calls(self, call, moved):
+        x = torch.ones(4, 4)
+        with counting.count_traffic() as traffic:
+            call(x)
+        assert traffic.bytes == (moved or 0)
+        assert (traffic.launches > 0) == (moved is not None)
+
+
+def _dispatch_call(x, ids):
+    """Select tokens, one launch."""
+    return torch.ops.fastmim.gather_tokens(x, ids, 0)
+
+
+def test_counting_leaves_the_dispatcher_as_it_was():
+    before = _dispatch.MODE, _dispatch.launch, _dispatch.check_range
+    with counting.count_traffic():
+        pass
+    assert before == (_dispatch.MODE, _dispatch.launch, _dispatch.check_range)
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "shared", "occupancy"),
+    [(32, 4, 0, 1.0), (255, 8, 0, 0.125), (64, 4, 0, 0.5), (16, 4, 100_000, 0.0625), (16, 1, 0, 0.5)],
+)
+def test_occupancy(registers, warps, shared, occupancy):
+    """Values of NVIDIA's occupancy calculator for compute capability 8.0."""
+    assert cuda_occupancy(registers, warps, shared, "sm_80") == occupancy
+
+
+def test_contenders_take_turns_after_the_warmup():
+    order = []
+    runs = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    samples = harness.time_in_turns(runs, "cpu", rounds=3, warmup=2)
+    assert order == ["a", "b"] * 5
+    assert {name: len(seconds) for name, seconds in samples.items()} == {"a": 3, "b": 3}
+    assert harness.ratio([2.0, 8.0, 9.0], [1.0, 2.0, 3.0]) == 3.0
+    summary = harness.summarise([1e-6 * value for value in (1, 2, 3, 4, 5, 6)])
+    assert summary == pytest.approx({"median_us": 3.5, "p20_us": 2.0, "p80_us": 5.0})

@@ -1,0 +1,40 @@
+"""How many kernels one step of an objective launches outside the transformer blocks."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fastmim.kernels import _dispatch
+
+from fastmim.objectives import build_objective
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that are launched, in order, in Triton's interpreter."""
+    names = []
+    launch = _dispatch.launch
+
+    def record(function, *args, **kwargs):
+        names.append(function.__name__)
+        launch(function, *args, **kwargs)
+
+    monkeypatch.setattr(_dispatch, "MODE", "interpret")
+    monkeypatch.setattr(_dispatch, "launch", record)
+    return names
+
+
+def test_an_mae_step_stays_within_its_launches(launched, tiny_config):
+    objective = build_objective(tiny_config())
+    batch = SimpleNamespace(
+        images=torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8),
+        epochs=torch.zeros(2, dtype=torch.int64),
+        positions=torch.arange(2),
+    )
+    objective(batch)["loss"].backward()
+    sampling, *rest = launched
+    print(f"\nMAE step, outside the blocks: 1 launch for the masks, {len(rest)} for forward and backward")
+    print(" ".join(launched))
+    assert sampling == "_sample_random_mask_kernel"
+    assert len(rest) <= 8
+    assert all(parameter.grad is not None for parameter in objective.parameters())
