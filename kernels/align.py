@@ -268,12 +268,14 @@ def _(grad: Tensor, x: Tensor, target: Tensor, eps: float, compare: int) -> Tens
 
 def _setup_context(ctx, inputs, output) -> None:
     x, target, ctx.eps, ctx.compare = inputs
+    ctx.set_materialize_grads(False)  # nobody differentiates the loss of each row
     ctx.save_for_backward(x, target)
 
 
-def _backward(ctx, grad: Tensor, grad_per_row: Tensor):
+def _backward(ctx, grad: Tensor | None, grad_per_row: None):
     x, target = ctx.saved_tensors
-    return _align_backward(grad, x, target, ctx.eps, ctx.compare), None, None, None
+    grad_x = None if grad is None else _align_backward(grad, x, target, ctx.eps, ctx.compare)
+    return grad_x, None, None, None
 
 
 _align.register_autograd(_backward, setup_context=_setup_context)

@@ -251,12 +251,14 @@ def _(grad: Tensor, difference: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:
+    # Autograd would write zeros the size of pred for the outputs that nobody differentiates.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[2])
 
 
-def _backward(ctx, grad: Tensor, grad_per_patch: Tensor, grad_difference: Tensor):
+def _backward(ctx, grad: Tensor | None, grad_per_patch: None, grad_difference: None):
     (difference,) = ctx.saved_tensors
-    grad_pred = _masked_pixel_loss_backward(grad, difference)
+    grad_pred = None if grad is None else _masked_pixel_loss_backward(grad, difference)
     return grad_pred, None, None, None, None, None, None, None
 
 

@@ -33,7 +33,6 @@ ABOVE_BUDGET = {
     ("embed_tokens", "backward"): "the cls token's sum in float32 is written, read and rounded",
     ("unshuffle", "forward"): "every sample reads the positions, every program the mask token, again",
     ("unshuffle", "backward"): "the mask token's partial sums in float32 are written and read",
-    ("masked_pixel_loss", "backward"): "autograd fills gradients of unused outputs with zeros",
     ("masked_cross_entropy", "forward"): "chunks of logits are written and read, the weight is read for each",
     ("masked_cross_entropy", "backward"): "the weight's gradient is kept in float32",
     ("info_nce", "forward"): "chunks of logits are written and read, the keys are read for each",
