@@ -6,10 +6,11 @@ overrides into a `Config`.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from fastmim.deepspeed_fragment import check_fragment
 from fastmim.errors import ConfigError
+from fastmim.schema import Fraction, HeightWidth, PerChannel, Positive, Section, require_heads
 
 MODEL_SIZES = {  # width, depth, heads
     "tiny": (192, 12, 3),
@@ -18,33 +19,6 @@ MODEL_SIZES = {  # width, depth, heads
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
 }
-
-
-def _as_pair(value: Any) -> Any:
-    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-Positive = Annotated[int, Field(gt=0)]
-HeightWidth = Annotated[tuple[Positive, Positive], BeforeValidator(_as_pair)]
-PerChannel = Annotated[list[float], BeforeValidator(_as_list)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-def _require_heads(prefix: str, width: int, heads: int, joiner: str = ".") -> None:
-    if width % heads:
-        raise ValueError(
-            f"{prefix}{joiner}heads={heads}; expected a divisor of {prefix}{joiner}width={width}"
-        )
-
-
-class Section(BaseModel):
-    """A frozen part of the configuration that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -82,7 +56,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _heads_divide_width(self):
-        _require_heads("model", self.width, self.heads)
+        require_heads("model", self.width, self.heads)
         return self
 
 
@@ -105,7 +79,7 @@ class MAEConfig(Section):
 
     @model_validator(mode="after")
     def _heads_divide_width(self):
-        _require_heads("objective.decoder", self.decoder_width, self.decoder_heads, joiner="_")
+        require_heads("objective.decoder", self.decoder_width, self.decoder_heads, joiner="_")
         return self
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from fastmim.config import Config
 from fastmim.errors import ConfigError
 from fastmim.optim import GuardedAdamW, parameter_groups
-from fastmim.ranks import Ranks
+from fastmim.ranks import Ranks, cores_per_rank
 
 
 def deepspeed_config(config: Config, precision: str, micro_batch: int) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def start_distributed(ranks: Ranks) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
     ranks.open_host_group()
     if ranks.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(ranks.cores)
+        torch.set_num_threads(cores_per_rank())
 
 
 def build_engine(

@@ -13,6 +13,16 @@ from fastmim.errors import FastmimError
 T = TypeVar("T")
 
 
+def local_world_size() -> int:
+    """Ranks on this node: torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def cores_per_rank() -> int:
+    """CPU cores for each rank of this node, of those that this process may use."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size())
+
+
 class Ranks:
     """Who this process is among the processes of the run.
 
@@ -28,15 +38,10 @@ class Ranks:
         self.rank = int(os.environ["RANK"])
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.world_size = int(os.environ["WORLD_SIZE"])
-        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        self.local_world_size = local_world_size()
         on_cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", self.local_rank) if on_cuda else torch.device("cpu")
         self._host_group: dist.ProcessGroup | None = None
-
-    @property
-    def cores(self) -> int:
-        """CPU cores for each rank of this node, of those that this process may use."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
 
     @property
     def first(self) -> bool:

@@ -117,7 +117,6 @@ class Trainer:
             world_size=ranks.world_size,
             device=ranks.device,
             start_step=self.step,
-            threads=config.data.threads or ranks.cores,
         )
         epoch = self.loader.samples_per_epoch
         self.total_steps = -(-int(config.optim.epochs * epoch) // config.optim.batch_size)

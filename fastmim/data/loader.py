@@ -1,7 +1,6 @@
 """Endless micro-batches of uint8 images for one rank, decoded ahead by DALI's own threads."""
 
 import logging
-import os
 from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from fastmim.data.decoder import DECODE_ERRORS, Decoder, Probe
 from fastmim.data.index import Index
 from fastmim.data.schedule import Plan, Schedule
 from fastmim.errors import DataError, TrainingAborted
+from fastmim.ranks import cores_per_rank
 
 _MAX_ATTEMPTS = 64
 _BAD_SHOWN = 20
@@ -57,7 +57,7 @@ class Loader:
         rank, world_size: which part of every step is this process's.
         device: where the images are needed; CUDA decodes there.
         start_step: first step.
-        threads: CPU threads of DALI; `config.threads`, or this machine's cores over its ranks, unless given.
+        threads: CPU threads of DALI; `config.threads`, or the cores of each rank, unless given.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Loader:
         self._rank, self._world_size = rank, world_size
         self._device = exact_device(device)
         self._plans = self._plan_ahead(start_step * accumulation)
-        self._threads = threads or config.threads or default_threads()
+        self._threads = threads or config.threads or cores_per_rank()
         self._probe = Probe(index, config, self._device)
         self._ahead: deque[Plan] = deque()
         self._closed = False
@@ -231,7 +231,7 @@ def load_images(index: Index, config: DataConfig, n: int) -> Tensor:
     rows = np.arange(min(n, len(index)), dtype=np.int64)
     device = torch.device("cpu")
     size = min(len(rows), _LOAD_BATCH)
-    decoder = Decoder(index, config, device, batch_size=size, threads=min(default_threads(), size))
+    decoder = Decoder(index, config, device, batch_size=size, threads=min(cores_per_rank(), size))
     images = []
     for first in range(0, len(rows), size):
         batch = rows[first : first + size]
@@ -247,12 +247,6 @@ def load_images(index: Index, config: DataConfig, n: int) -> Tensor:
             raise
     decoder.close()
     return torch.cat(images)
-
-
-def default_threads() -> int:
-    """This process's cores over the ranks of this machine, which launchers set in LOCAL_WORLD_SIZE."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def exact_device(device: torch.device) -> torch.device:

@@ -1,5 +1,3 @@
-import importlib.util
-
 import pytest
 from PIL import Image
 
@@ -7,12 +5,7 @@ from fastmim.data import demo
 from fastmim.data.index import build_index
 from fastmim.errors import DataError
 
-installed = pytest.mark.skipif(
-    importlib.util.find_spec("elpv_dataset") is None, reason="needs the demo extra"
-)
 
-
-@installed
 def test_the_demo_set(tmp_path, configure):
     out = demo.prepare_elpv(tmp_path / "elpv")
     train, held_out = (sorted(path.name for path in (out / part).iterdir()) for part in ("train", "heldout"))
@@ -23,7 +16,6 @@ def test_the_demo_set(tmp_path, configure):
     assert [path.name for path in tmp_path.iterdir()] == ["elpv"]
 
 
-@installed
 def test_a_second_call_changes_nothing(tmp_path):
     out = demo.prepare_elpv(tmp_path / "elpv")
     (out / "train" / "cell0002.png").unlink()
@@ -32,7 +24,6 @@ def test_a_second_call_changes_nothing(tmp_path):
     assert (out / "train").stat().st_mtime_ns == before
 
 
-@installed
 def test_an_interrupted_call_leaves_nothing(tmp_path, monkeypatch):
     calls = []
 
@@ -47,7 +38,6 @@ def test_an_interrupted_call_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@installed
 def test_copies_where_links_are_refused(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("cross-device link")
