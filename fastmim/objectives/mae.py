@@ -96,7 +96,10 @@ class MAE(nn.Module):
         batch, height, width, channels = images.shape
         size = self.patch_size
         grid = (batch, height // size, size, width // size, size, channels)
-        patches = images.view(grid).transpose(2, 3).reshape(batch, self.patches, size * size, channels)
+        # A clone, since an image of one column of patches is already in their order and would be written into.
+        patches = (
+            images.clone().view(grid).transpose(2, 3).reshape(batch, self.patches, size * size, channels)
+        )
         pred = self.predict(images, mask).float()
         if self.norm_pix_loss:
             visible = patches[~mask.mask].view(batch, -1, size * size, channels)

@@ -178,6 +178,17 @@ def test_reconstruct_puts_back_what_the_network_predicts(tiny_config):
             assert torch.equal(rebuilt[window], (values * 255).round().clamp(0, 255).to(torch.uint8))
 
 
+@pytest.mark.parametrize("size", ["[32,8]", "[8,32]", "[32,32]"])
+def test_reconstruct_leaves_its_images_as_they_are(tiny_config, size):
+    config = tiny_config(f"data.image_size={size}")
+    objective = build_objective(config)
+    images = torch.randint(0, 256, (2, *config.data.image_size, 3), dtype=torch.uint8)
+    before = images.clone()
+    mask = objective.sample_mask(torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    rebuilt = objective.reconstruct(images, mask)
+    assert torch.equal(images, before) and not torch.equal(rebuilt, before)
+
+
 def test_normalised_predictions_get_the_statistics_of_visible_patches(tiny_config):
     config = tiny_config("objective.norm_pix_loss=true", "data.image_size=[32,64]")
     objective = build_objective(config)
