@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from fastmim.kernels import (
+    add_layer_norm,
+    bias_gelu,
     cosine_align,
     embed_tokens,
     gather_patches,
@@ -16,7 +18,10 @@ from fastmim.kernels import (
     masked_cross_entropy,
     masked_pixel_loss,
     mse_align,
+    sample_block_mask,
+    sample_grid_mask,
     sample_random_mask,
+    scatter_tokens,
     unshuffle,
 )
 
@@ -52,18 +57,43 @@ def case(name: str, **settings) -> Callable:
     return register
 
 
-@case("sample_mask", counted_batch=4, integer=True)
-def build_sample_mask(inputs: Inputs) -> Problem:
-    """Random masks; the naive one draws noise without a key."""
-    shape, batch = inputs.shape, inputs.batch
+def build_sampler(inputs: Inputs, fused: Callable, options: tuple, plain: Callable, plain_args: tuple) -> Problem:
+    """Masks of the samples of a batch; the naive ones have no key."""
+    batch = inputs.batch
     epochs, positions = (torch.arange(batch, device=inputs.device) for _ in range(2))
-    fused = (0, epochs, positions, shape.patches, shape.kept)
-    plain = (batch, shape.patches, shape.kept, inputs.device)
-    floor = {"forward": batch * (16 + 16 * shape.patches)}
-    return Problem(sample_random_mask, fused, naive.random_masking, plain, floor)
+    floor = {"forward": batch * (16 + 17 * inputs.shape.patches)}
+    return Problem(fused, (0, epochs, positions, *options), plain, plain_args, floor)
 
 
-@case("gather_patches", counted_batch=2)
+@case("sample_mask", counted_batch=1, integer=True)
+def build_sample_mask(inputs: Inputs) -> Problem:
+    """Random masks."""
+    shape = inputs.shape
+    sizes = (shape.patches, shape.kept)
+    plain = (inputs.batch, *sizes, inputs.device)
+    return build_sampler(inputs, sample_random_mask, sizes, naive.random_masking, plain)
+
+
+@case("sample_block_mask", counted_batch=1, integer=True)
+def build_sample_block_mask(inputs: Inputs) -> Problem:
+    """Masks of rectangles; the naive one is given those that a loader drew on the CPU, and orders the patches."""
+    shape = inputs.shape
+    mask = torch.zeros(inputs.batch, shape.patches, dtype=torch.bool, device=inputs.device)
+    mask.scatter_(1, inputs.ids()[1], True)
+    return build_sampler(
+        inputs, sample_block_mask, (shape.grid, shape.kept), naive.order_by_mask, (mask, shape.kept)
+    )
+
+
+@case("sample_grid_mask", counted_batch=1, integer=True)
+def build_sample_grid_mask(inputs: Inputs) -> Problem:
+    """One patch of each 2 x 2, at a random phase."""
+    shape = inputs.shape
+    plain = (inputs.batch, *shape.grid, inputs.device)
+    return build_sampler(inputs, sample_grid_mask, (shape.grid, True), naive.grid_masking, plain)
+
+
+@case("gather_patches", counted_batch=1)
 def build_gather_patches(inputs: Inputs) -> Problem:
     """Bytes to visible patches."""
     shape = inputs.shape
@@ -72,7 +102,7 @@ def build_gather_patches(inputs: Inputs) -> Problem:
     return Problem(gather_patches, arguments, naive.normalise_patchify_gather, arguments, floor)
 
 
-@case("gather_tokens", counted_batch=2)
+@case("gather_tokens", counted_batch=1)
 def build_gather_tokens(inputs: Inputs) -> Problem:
     """Tokens of the encoder to visible tokens."""
     shape, row = inputs.shape, inputs.shape.width * inputs.item
@@ -84,24 +114,37 @@ def build_gather_tokens(inputs: Inputs) -> Problem:
     return Problem(gather_tokens, arguments, naive.gather, arguments, floor)
 
 
-@case("embed_tokens", counted_batch=8)
+@case("scatter_tokens", counted_batch=1)
+def build_scatter_tokens(inputs: Inputs) -> Problem:
+    """Visible tokens to their places among zeros."""
+    shape, row = inputs.shape, inputs.shape.width * inputs.item
+    x = inputs.floats(inputs.batch, shape.kept, shape.width, grad=True)
+    arguments = (x, inputs.ids()[0], shape.patches)
+    floor = {
+        "forward": inputs.batch * ((shape.kept + shape.patches) * row + 8 * shape.kept),
+        "backward": inputs.batch * shape.kept * (2 * row + 8),
+    }
+    return Problem(scatter_tokens, arguments, naive.scatter, arguments, floor)
+
+
+@case("embed_tokens", counted_batch=64)
 def build_embed_tokens(inputs: Inputs) -> Problem:
     """Visible patches to encoder input; the naive one adds positions to all patches, then selects."""
     shape, batch, width = inputs.shape, inputs.batch, inputs.shape.width
-    ids_keep = inputs.ids()[0]
+    ids_keep, _, ids_restore = inputs.ids()
     cls_token, pos_embed = inputs.floats(1, 1, width, grad=True), inputs.floats(1, 1 + shape.patches, width)
-    fused = (inputs.floats(batch, shape.kept, width, grad=True), cls_token, pos_embed, ids_keep)
-    plain = (inputs.floats(batch, shape.patches, width, grad=True), *fused[1:])
+    fused = (inputs.floats(batch, shape.kept, width, grad=True), cls_token, pos_embed, ids_restore)
+    plain = (inputs.floats(batch, shape.patches, width, grad=True), cls_token, pos_embed, ids_keep)
     row, positions = width * inputs.item, 1 + ids_keep.unique().numel()
     floor = {
-        "forward": (batch * (1 + 2 * shape.kept) + 1 + positions) * row + 8 * batch * shape.kept,
+        "forward": (batch * (1 + 2 * shape.kept) + 1 + positions) * row + 8 * batch * shape.patches,
         # The gradient of the patches is a view: what is left is the cls token's sum.
         "backward": (batch + 1) * row,
     }
     return Problem(embed_tokens, fused, naive.embed_all_then_select, plain, floor)
 
 
-@case("unshuffle", counted_batch=8)
+@case("unshuffle", counted_batch=64)
 def build_unshuffle(inputs: Inputs) -> Problem:
     """Encoder output to decoder input; the positions are fixed, as in MAE."""
     shape, batch, width = inputs.shape, inputs.batch, inputs.shape.decoder_width
@@ -119,7 +162,7 @@ def build_unshuffle(inputs: Inputs) -> Problem:
     return Problem(unshuffle, arguments, naive.assemble_decoder_input, arguments, floor)
 
 
-@case("masked_pixel_loss", counted_batch=2)
+@case("masked_pixel_loss", counted_batch=1)
 def build_masked_pixel_loss(inputs: Inputs) -> Problem:
     """Loss with per-patch normalised targets; the naive one is given normalised images and predicts all."""
     shape, batch = inputs.shape, inputs.batch
@@ -141,6 +184,35 @@ def build_masked_pixel_loss(inputs: Inputs) -> Problem:
     return Problem(masked_pixel_loss, fused, naive.loss_over_all_patches, plain, floor)
 
 
+@case("add_layer_norm", counted_batch=2)
+def build_add_layer_norm(inputs: Inputs) -> Problem:
+    """A branch added to the tokens of an encoder that sees all patches, and the norm; both are used."""
+    shape, width = inputs.shape, inputs.shape.width
+    sizes = (inputs.batch, shape.patches, width)
+    tokens = [inputs.floats(*sizes, grad=True) for _ in range(2)]
+    arguments = (*tokens, *(inputs.floats(width, grad=True) for _ in range(2)), 1e-6)
+    values = inputs.batch * shape.patches * width
+    floor = {
+        "forward": (4 * values + 2 * width) * inputs.item,
+        "backward": (4 * values + 3 * width) * inputs.item,
+    }
+    return Problem(add_layer_norm, arguments, naive.add_then_norm, arguments, floor)
+
+
+@case("bias_gelu", counted_batch=2)
+def build_bias_gelu(inputs: Inputs) -> Problem:
+    """The hidden layer of an MLP; the naive one is given a product that has the bias already."""
+    shape, hidden = inputs.shape, 4 * inputs.shape.width
+    x = inputs.floats(inputs.batch, shape.patches, hidden, grad=True)
+    bias = inputs.floats(hidden, grad=True)
+    values = inputs.batch * shape.patches * hidden
+    floor = {
+        "forward": (2 * values + hidden) * inputs.item,
+        "backward": (3 * values + 2 * hidden) * inputs.item,
+    }
+    return Problem(bias_gelu, (x, bias), naive.gelu_after_biased_product, (x, bias), floor)
+
+
 def build_align(inputs: Inputs, fused: Callable, plain: Callable) -> Problem:
     """Features of removed patches against a teacher's."""
     shape = inputs.shape
@@ -151,13 +223,13 @@ def build_align(inputs: Inputs, fused: Callable, plain: Callable) -> Problem:
     return Problem(fused, arguments, plain, arguments, floor)
 
 
-@case("mse_align", counted_batch=2)
+@case("mse_align", counted_batch=1)
 def build_mse_align(inputs: Inputs) -> Problem:
     """CAE's alignment."""
     return build_align(inputs, mse_align, naive.normalised_squared_error)
 
 
-@case("cosine_align", counted_batch=2)
+@case("cosine_align", counted_batch=1)
 def build_cosine_align(inputs: Inputs) -> Problem:
     """CAE v2's alignment."""
     return build_align(inputs, cosine_align, naive.cosine_distance)

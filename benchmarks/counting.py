@@ -32,6 +32,14 @@ SCATTERS = {
 }
 
 
+def _distinct(values: np.ndarray) -> np.ndarray:
+    # In place of `np.unique`, which hashes integers and takes five times as long.
+    values = np.sort(values)
+    first = np.ones(values.size, dtype=bool)
+    first[1:] = values[1:] != values[:-1]
+    return values[first]
+
+
 @dataclass
 class Traffic:
     """What one pass moves."""
@@ -75,9 +83,9 @@ class _LaunchCounter:
     def end_program(self) -> None:
         """Add the program's distinct bytes and sectors, and keep its addresses for the launch's."""
         for (kind, size), parts in self.current.items():
-            distinct = np.unique(np.concatenate(parts))
+            distinct = _distinct(np.concatenate(parts))
             self.traffic.bytes += distinct.size * size
-            self.traffic.sector_bytes += np.unique(distinct // SECTOR).size * SECTOR
+            self.traffic.sector_bytes += _distinct(distinct // SECTOR).size * SECTOR
             self.whole.setdefault((kind, size), []).append(distinct)
         self.current = {}
 
@@ -85,7 +93,7 @@ class _LaunchCounter:
         """Add the launch's distinct bytes."""
         self.end_program()
         for (_, size), parts in self.whole.items():
-            self.traffic.distinct_bytes += np.unique(np.concatenate(parts)).size * size
+            self.traffic.distinct_bytes += _distinct(np.concatenate(parts)).size * size
         self.traffic.launches += 1
 
 

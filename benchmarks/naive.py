@@ -33,6 +33,12 @@ def gather(x: Tensor, ids: Tensor) -> Tensor:
     return torch.gather(x, 1, expand_ids(ids, x.shape[2]))
 
 
+def scatter(x: Tensor, ids: Tensor, tokens: int) -> Tensor:
+    """Put tokens x [B, K, D] at ids [B, K] among zeros."""
+    zeros = x.new_zeros(x.shape[0], tokens, x.shape[2])
+    return zeros.scatter_(1, expand_ids(ids, x.shape[2]), x)
+
+
 def assemble_decoder_input(
     latent: Tensor, mask_token: Tensor, pos_embed: Tensor, ids_restore: Tensor
 ) -> Tensor:
@@ -68,11 +74,53 @@ def random_masking(batch: int, patches: int, kept: int, device: str) -> tuple[Te
     return ids_shuffle[:, :kept], torch.gather(mask, 1, ids_restore), ids_restore
 
 
+def order_by_mask(mask: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Turn a mask, bool [B, N], into the orders that random masking has."""
+    ids_shuffle = torch.argsort(mask, dim=1, stable=True)
+    ids_restore = torch.argsort(ids_shuffle, dim=1)
+    return ids_shuffle[:, :kept], ids_shuffle[:, kept:], ids_restore, mask
+
+
+def grid_masking(batch: int, rows: int, columns: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compare the parity of each patch's row and column with those that are kept."""
+    phase = torch.randint(0, 2, (2, batch, 1, 1), device=device)
+    row, column = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)
+    mask = (row % 2 != phase[0]) | (column % 2 != phase[1])
+    return order_by_mask(mask.flatten(1), rows * columns // 4)
+
+
 def embed_all_then_select(x: Tensor, cls_token: Tensor, pos_embed: Tensor, ids_keep: Tensor) -> Tensor:
     """Add positions to all embedded patches [B, N, D], select the kept ones, put the cls token in front."""
     visible = gather(x + pos_embed[:, 1:], ids_keep)
     cls = (cls_token + pos_embed[:, :1]).expand(x.shape[0], -1, -1)
     return torch.cat([cls, visible], dim=1)
+
+
+def add_then_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The residual addition, then the norm."""
+    total = x + branch
+    return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total
+
+
+class _BiasInProduct(torch.autograd.Function):
+    """A bias that the matrix product before added without moving a byte; its gradient is a sum over rows."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor) -> Tensor:
+        """Return x [R, D] itself."""
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradient of x, and its sum."""
+        return grad, grad.flatten(0, -2).sum(0)
+
+
+def gelu_after_biased_product(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU of x [B, N, D], the result of a product with its bias."""
+    return F.gelu(_BiasInProduct.apply(x, bias))
 
 
 def normalised_squared_error(x: Tensor, target: Tensor) -> Tensor:

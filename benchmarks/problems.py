@@ -1,5 +1,6 @@
 """What a benchmark of a kernel is made of: a shape, random inputs, and a problem built from them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,9 +25,14 @@ class Shape:
     classes: int = 8192
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.side // self.patch_size, self.side // self.patch_size
+
+    @property
     def patches(self) -> int:
         """N, patches of an image."""
-        return (self.side // self.patch_size) ** 2
+        return math.prod(self.grid)
 
     @property
     def kept(self) -> int:
@@ -55,7 +61,7 @@ class Problem:
     """One operation at one size.
 
     `fused` and `naive` take their arguments in order; what requires a gradient among those is differentiated,
-    starting from the result, or from its first element. `floor` maps a pass ("forward", "backward") to the least
+    starting from every result that has a gradient. `floor` maps a pass ("forward", "backward") to the least
     bytes that it must move: every needed input byte once, every output byte once.
     """
 

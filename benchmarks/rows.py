@@ -22,28 +22,31 @@ INTEGER = "int64"
 Counts = dict[str, dict[str, Traffic]]
 
 
-def first_tensor(result) -> Tensor:
-    """Return what is differentiated of an operation's result."""
-    return result[0] if isinstance(result, tuple) else result
+def tensors(result) -> list[Tensor]:
+    """Return an operation's results; those that require a gradient are differentiated."""
+    return list(result) if isinstance(result, tuple) else [result]
 
 
 def prepare_backward(function: Callable, args: tuple) -> Callable[[], tuple] | None:
     """Run forward; return the backward pass, to be called any number of times, or None without a gradient."""
-    result = first_tensor(function(*args))
-    if not result.requires_grad:
+    return _backward_of(function(*args), args)
+
+
+def _backward_of(result, args: tuple) -> Callable[[], tuple] | None:
+    results = [tensor for tensor in tensors(result) if tensor.requires_grad]
+    if not results:
         return None
     leaves = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
-    gradient = torch.ones_like(result)
-    return lambda: torch.autograd.grad(result, leaves, gradient, retain_graph=True)
+    gradients = [torch.ones_like(result) for result in results]
+    return lambda: torch.autograd.grad(results, leaves, gradients, retain_graph=True)
 
 
 def count_passes(function: Callable, args: tuple) -> dict[str, Traffic]:
     """Count each pass of an operation on CPU tensors; Triton kernels are interpreted."""
     counts = {}
     with count_traffic() as counts["forward"]:
-        function(*args)
-    with count_traffic():
-        backward = prepare_backward(function, args)
+        result = function(*args)
+    backward = _backward_of(result, args)
     if backward is not None:
         with count_traffic() as counts["backward"]:
             backward()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _dispatch
 from ._dispatch import kernel
+from .add_layer_norm import centre_rows
 
 PLAIN, LAYER_NORM, COSINE = 0, 1, 2
 """How rows are compared: squared error as they are, squared error after LayerNorm, one minus the cosine."""
@@ -54,12 +55,9 @@ def _load_rows(
 
 @kernel
 def _normalise(values, valid, columns, eps, COMPARE: tl.constexpr):
-    # Returns the rows, 0 outside `valid`, and what each was multiplied by after centring. Two passes over
-    # registers: a variance from a sum of squares would cancel where the mean is large.
+    # Returns the rows, 0 outside `valid`, and what each was multiplied by after centring.
     if COMPARE == 1:
-        average = tl.sum(values, axis=1) / columns
-        values = tl.where(valid, values - average[:, None], 0.0)
-        factor = 1.0 / tl.sqrt(tl.sum(values * values, axis=1) / columns + eps)
+        values, factor = centre_rows(values, valid, columns, eps)
     elif COMPARE == 2:
         factor = 1.0 / tl.maximum(tl.sqrt(tl.sum(values * values, axis=1)), eps)
     else:

@@ -7,14 +7,16 @@ from torch import Tensor
 
 from . import _dispatch
 from ._dispatch import kernel
-from .gather_tokens import scatter_tokens
+from .gather_tokens import scatter_tokens, token_order
+from .tiles import GROUP_SAMPLES, WARPS, sample_tile, tile_grid
 
 
-def embed_tokens_reference(x: Tensor, cls_token: Tensor, pos_embed: Tensor, ids_keep: Tensor) -> Tensor:
+def embed_tokens_reference(x: Tensor, cls_token: Tensor, pos_embed: Tensor, ids_restore: Tensor) -> Tensor:
     """MAE's encoder input. x [B, K, D], cls_token [1, 1, D], pos_embed [1, 1+N, D] -> [B, 1+K, D]."""
-    batch, _, width = x.shape
+    batch, kept, width = x.shape
+    ids_keep = ids_restore.argsort(dim=1)[:, :kept]
     table = pos_embed[:, 1:].expand(batch, -1, -1)
-    positions = table.gather(1, ids_keep.long()[..., None].expand(-1, -1, width))
+    positions = table.gather(1, ids_keep[..., None].expand(-1, -1, width))
     cls = (cls_token + pos_embed[:, :1]).expand(batch, -1, -1)
     return torch.cat([cls, x + positions], dim=1)
 
@@ -24,7 +26,7 @@ def _embed_tokens_forward_kernel(
     x,
     cls_token,
     pos_embed,
-    ids_keep,
+    ids_restore,
     out,
     stride_x_batch,
     stride_x_row,
@@ -34,79 +36,163 @@ def _embed_tokens_forward_kernel(
     stride_pos_column,
     stride_ids_batch,
     stride_ids_column,
-    tokens,
+    kept,
     columns,
-    rows,
-    BLOCK_ROWS: tl.constexpr,
+    tokens,
+    batch,
+    GROUP: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_SAMPLES: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    # A program owns positions, reads each once for a group of samples, and writes the rows of those that keep it.
+    token = (tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)).to(tl.int64)
     column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)
-    batch = (row // tokens).to(tl.int64)
-    token = (row % tokens).to(tl.int64)
-    row_valid = row < rows
-    is_patch = (token > 0)[:, None]
-    valid = row_valid[:, None] & (column < columns)[None, :]
-    # Token 0 is the cls token: it reads no id, and -1 + 1 sends it to row 0 of the table.
-    ids_at = batch * stride_ids_batch + (token - 1) * stride_ids_column
-    place = tl.load(ids_keep + ids_at, mask=row_valid & (token > 0), other=-1).to(tl.int64) + 1
-    x_at = batch * stride_x_batch + (token - 1) * stride_x_row
-    values = tl.load(
-        x + x_at[:, None] + column[None, :] * stride_x_column, mask=valid & is_patch, other=0.0
-    ).to(tl.float32)
+    column_valid = column < columns
+    is_patch = token > 0
+    # Only the first program has the cls token.
     cls = tl.load(
-        cls_token + column[None, :] * stride_cls_column, mask=(column < columns)[None, :], other=0.0
+        cls_token + column * stride_cls_column, mask=column_valid & (tl.program_id(0) == 0), other=0.0
+    ).to(tl.float32)
+    for start in range(0, GROUP, BLOCK_SAMPLES):
+        sample = (tl.program_id(2) * GROUP + start + tl.arange(0, BLOCK_SAMPLES)).to(tl.int64)
+        row_valid = (token < tokens)[:, None] & (sample < batch)[None, :]
+        # Token 0 reads no id, and -1 + 1 sends it to row 0 of `out`.
+        ids_at = sample[None, :] * stride_ids_batch + (token - 1)[:, None] * stride_ids_column
+        place = tl.load(ids_restore + ids_at, mask=row_valid & is_patch[:, None], other=-1).to(tl.int64) + 1
+        is_kept = row_valid & (place <= kept)
+        is_used = tl.max(is_kept.to(tl.int32), axis=1) > 0
+        position = tl.load(
+            pos_embed + token[:, None] * stride_pos_row + column[None, :] * stride_pos_column,
+            mask=is_used[:, None] & column_valid[None, :],
+            other=0.0,
+        )
+        x_at = sample[None, :] * stride_x_batch + (place - 1) * stride_x_row
+        values = tl.load(
+            x + x_at[:, :, None] + column[None, None, :] * stride_x_column,
+            mask=(is_kept & is_patch[:, None])[:, :, None] & column_valid[None, None, :],
+            other=0.0,
+        ).to(tl.float32)
+        values = tl.where(is_patch[:, None, None], values, cls[None, None, :])
+        values += position.to(tl.float32)[:, None, :]
+        out_at = (sample[None, :] * (kept + 1) + place) * columns
+        tl.store(
+            out + out_at[:, :, None] + column[None, None, :],
+            values.to(out.dtype.element_ty),
+            mask=is_kept[:, :, None] & column_valid[None, None, :],
+        )
+
+
+@kernel
+def _embed_tokens_position_kernel(
+    grad,
+    ids_restore,
+    grad_pos,
+    stride_grad_batch,
+    stride_grad_row,
+    stride_grad_column,
+    stride_ids_batch,
+    stride_ids_column,
+    kept,
+    columns,
+    tokens,
+    batch,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_SAMPLES: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    token = (tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)).to(tl.int64)
+    column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)
+    column_valid = column < columns
+    total = tl.full([BLOCK_TOKENS, BLOCK_SAMPLES, BLOCK_COLUMNS], 0, tl.float32)
+    for start in range(0, batch, BLOCK_SAMPLES):
+        sample = (start + tl.arange(0, BLOCK_SAMPLES)).to(tl.int64)
+        row_valid = (token < tokens)[:, None] & (sample < batch)[None, :]
+        ids_at = sample[None, :] * stride_ids_batch + (token - 1)[:, None] * stride_ids_column
+        ids_valid = row_valid & (token > 0)[:, None]
+        place = tl.load(ids_restore + ids_at, mask=ids_valid, other=-1).to(tl.int64) + 1
+        grad_at = sample[None, :] * stride_grad_batch + place * stride_grad_row
+        total += tl.load(
+            grad + grad_at[:, :, None] + column[None, None, :] * stride_grad_column,
+            mask=(row_valid & (place <= kept))[:, :, None] & column_valid[None, None, :],
+            other=0.0,
+        ).to(tl.float32)
+    tl.store(
+        grad_pos + token[:, None] * columns + column[None, :],
+        tl.sum(total, axis=1).to(grad_pos.dtype.element_ty),
+        mask=(token < tokens)[:, None] & column_valid[None, :],
     )
-    position = tl.load(
-        pos_embed + place[:, None] * stride_pos_row + column[None, :] * stride_pos_column,
-        mask=valid,
-        other=0.0,
-    )
-    values = tl.where(is_patch, values, cls.to(tl.float32)) + position.to(tl.float32)
-    out_at = row.to(tl.int64)[:, None] * columns + column[None, :]
-    tl.store(out + out_at, values.to(out.dtype.element_ty), mask=valid)
 
 
 def _forward_triton(
-    x: Tensor, cls_token: Tensor, pos_embed: Tensor, ids_keep: Tensor, dtype: torch.dtype
+    x: Tensor, cls_token: Tensor, pos_embed: Tensor, ids_restore: Tensor, dtype: torch.dtype
 ) -> Tensor:
     for name, tensor in (("x", x), ("cls_token", cls_token), ("pos_embed", pos_embed)):
         _dispatch.check_kernel_dtype(name, tensor)
-    batch, kept, columns = x.shape
+    (batch, kept, columns), tokens = x.shape, pos_embed.shape[1]
     out = x.new_empty(batch, 1 + kept, columns, dtype=dtype)
-    block_columns = _dispatch.column_block(columns)
-    block_rows = 2048 // block_columns
-    rows = batch * (1 + kept)
+    tile = sample_tile(batch, columns)
+    group = min(GROUP_SAMPLES, triton.next_power_of_2(batch))
     _dispatch.launch(
         _embed_tokens_forward_kernel,
-        (triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns)),
+        (*tile_grid(tile, tokens, columns), triton.cdiv(batch, group)),
         x,
         cls_token,
         pos_embed,
-        ids_keep,
+        ids_restore,
         out,
         *x.stride(),
         cls_token.stride(2),
         *pos_embed.stride()[1:],
-        *ids_keep.stride(),
-        1 + kept,
+        *ids_restore.stride(),
+        kept,
         columns,
-        rows,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=block_columns,
+        tokens,
+        batch,
+        num_warps=WARPS,
+        GROUP=group,
+        **tile,
     )
     return out
 
 
+def _position_gradient_triton(grad: Tensor, ids_restore: Tensor, dtype: torch.dtype) -> Tensor:
+    (batch, rows, columns), tokens = grad.shape, 1 + ids_restore.shape[1]
+    grad_pos = grad.new_empty(1, tokens, columns, dtype=dtype)
+    tile = sample_tile(batch, columns)
+    _dispatch.launch(
+        _embed_tokens_position_kernel,
+        tile_grid(tile, tokens, columns),
+        grad,
+        ids_restore,
+        grad_pos,
+        *grad.stride(),
+        *ids_restore.stride(),
+        rows - 1,
+        columns,
+        tokens,
+        batch,
+        num_warps=WARPS,
+        **tile,
+    )
+    return grad_pos
+
+
 def _forward_torch(
-    x: Tensor, cls_token: Tensor, pos_embed: Tensor, ids_keep: Tensor, dtype: torch.dtype
+    x: Tensor, cls_token: Tensor, pos_embed: Tensor, ids_restore: Tensor, dtype: torch.dtype
 ) -> Tensor:
     batch, kept, columns = x.shape
-    out = x.new_empty(batch, 1 + kept, columns, dtype=dtype)
-    positions = pos_embed[0].index_select(0, (ids_keep + 1).flatten())
-    torch.add(x, positions.view(batch, kept, columns), out=out[:, 1:])
-    out[:, 0] = cls_token[0] + pos_embed[0, :1]
+    visible = token_order(ids_restore)[:, : 1 + kept].flatten()
+    out = pos_embed[0].index_select(0, visible).view(batch, 1 + kept, columns).to(dtype)
+    out[:, 1:].add_(x)
+    out[:, :1].add_(cls_token)
     return out
+
+
+def _position_gradient_torch(grad: Tensor, ids_restore: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = token_order(ids_restore)[:, : grad.shape[1]]
+    placed = scatter_tokens(grad, rows, 1 + ids_restore.shape[1])
+    return placed.sum(0, keepdim=True, dtype=torch.promote_types(grad.dtype, torch.float32)).to(dtype)
 
 
 def _result_dtype(x: Tensor, cls_token: Tensor, pos_embed: Tensor) -> torch.dtype:
@@ -114,59 +200,67 @@ def _result_dtype(x: Tensor, cls_token: Tensor, pos_embed: Tensor) -> torch.dtyp
 
 
 @torch.library.custom_op("fastmim::embed_tokens", mutates_args=())
-def _embed_tokens(x: Tensor, cls_token: Tensor, pos_embed: Tensor, ids_keep: Tensor) -> Tensor:
-    _dispatch.check_range("ids_keep", ids_keep, 0, pos_embed.shape[1] - 1)
+def _embed_tokens(x: Tensor, cls_token: Tensor, pos_embed: Tensor, ids_restore: Tensor) -> Tensor:
+    _dispatch.check_range("ids_restore", ids_restore, 0, ids_restore.shape[1])
     forward = _forward_triton if _dispatch.use_triton(x) else _forward_torch
-    return forward(x, cls_token, pos_embed, ids_keep, _result_dtype(x, cls_token, pos_embed))
+    return forward(x, cls_token, pos_embed, ids_restore, _result_dtype(x, cls_token, pos_embed))
 
 
 @_embed_tokens.register_fake
-def _(x: Tensor, cls_token: Tensor, pos_embed: Tensor, ids_keep: Tensor) -> Tensor:
+def _(x: Tensor, cls_token: Tensor, pos_embed: Tensor, ids_restore: Tensor) -> Tensor:
     shape = x.shape[0], 1 + x.shape[1], x.shape[2]
     return x.new_empty(shape, dtype=_result_dtype(x, cls_token, pos_embed))
 
 
+@torch.library.custom_op("fastmim::embed_tokens_position_gradient", mutates_args=())
+def _position_gradient(grad: Tensor, ids_restore: Tensor, dtype: torch.dtype) -> Tensor:
+    gradient = _position_gradient_triton if _dispatch.use_triton(grad) else _position_gradient_torch
+    return gradient(grad, ids_restore, dtype)
+
+
+@_position_gradient.register_fake
+def _(grad: Tensor, ids_restore: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.new_empty(1, 1 + ids_restore.shape[1], grad.shape[2], dtype=dtype)
+
+
 def _setup_context(ctx, inputs, output) -> None:
-    x, cls_token, pos_embed, ids_keep = inputs
-    ctx.save_for_backward(ids_keep)
-    ctx.tokens = pos_embed.shape[1]
+    x, cls_token, pos_embed, ids_restore = inputs
+    ctx.save_for_backward(ids_restore)
     ctx.dtypes = x.dtype, cls_token.dtype, pos_embed.dtype
 
 
 def _backward(ctx, grad: Tensor):
-    (ids_keep,) = ctx.saved_tensors
+    (ids_restore,) = ctx.saved_tensors
     x_dtype, cls_dtype, pos_dtype = ctx.dtypes
-    accumulator = torch.promote_types(grad.dtype, torch.float32)
     grad_cls = grad_pos = None
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        total = grad[:, :1].sum(0, keepdim=True, dtype=accumulator)
-        grad_cls = total.to(cls_dtype)
+    if ctx.needs_input_grad[1]:
+        # PyTorch sums bfloat16 and float16 in float32 by itself; asked for float32, it would write that as well.
+        grad_cls = grad[:, :1].sum(0, keepdim=True).to(cls_dtype)
     if ctx.needs_input_grad[2]:
-        grad_patches = scatter_tokens(grad[:, 1:], ids_keep, ctx.tokens - 1)
-        grad_patches = grad_patches.sum(0, keepdim=True, dtype=accumulator)
-        grad_pos = torch.cat([total, grad_patches], dim=1).to(pos_dtype)
+        grad_pos = _position_gradient(grad, ids_restore, pos_dtype)
     return grad[:, 1:].to(x_dtype), grad_cls, grad_pos, None
 
 
 _embed_tokens.register_autograd(_backward, setup_context=_setup_context)
 
 
-def embed_tokens(x: Tensor, cls_token: Tensor, pos_embed: Tensor, ids_keep: Tensor) -> Tensor:
+def embed_tokens(x: Tensor, cls_token: Tensor, pos_embed: Tensor, ids_restore: Tensor) -> Tensor:
     """Add to each visible patch its position, and put the cls token, with its own, in front.
 
     Each sum is formed in float32 and rounded once. The gradient of `x` is rows 1.. of the incoming gradient: a
-    view, where the dtypes agree. The gradient of `cls_token` sums row 0 over the batch in float32. A gradient for
-    `pos_embed`, computed only where required, is a `scatter_tokens` summed over the batch. All are deterministic.
+    view, where the dtypes agree. The gradients of `cls_token` and `pos_embed`, computed only where required, are
+    summed over the batch in float32. All are deterministic.
 
     Args:
         x: [B, K, D] float, any strides.
         cls_token: [1, 1, D] float.
         pos_embed: [1, 1+N, D] float, row 0 for the cls token.
-        ids_keep: [B, K] int64 or int32, any strides, unique within a sample, below N.
+        ids_restore: [B, N] int64 or int32, any strides; a permutation of 0..N-1 per sample: patch n is row
+            ids_restore[b, n] of `x` if that is below K.
 
     Returns:
         [B, 1+K, D] in the dtype that PyTorch promotes the three float inputs to: row 0 is
-        `cls_token + pos_embed[0]`, row 1 + k is `x[b, k] + pos_embed[1 + ids_keep[b, k]]`.
+        `cls_token + pos_embed[0]`, row 1 + ids_restore[b, n] is `x[b, ids_restore[b, n]] + pos_embed[1 + n]`.
 
     Raises:
         TypeError: a dtype outside those above.
@@ -175,15 +269,12 @@ def embed_tokens(x: Tensor, cls_token: Tensor, pos_embed: Tensor, ids_keep: Tens
     Source: MAE's encoder input (He et al., CVPR 2022, section 3).
     """
     _dispatch.check_tensor("x", x, "[B, K, D]", _dispatch.FLOAT_DTYPES)
-    _dispatch.check_ids("ids_keep", ids_keep, x, "x", "K")
-    columns = x.shape[2]
-    _dispatch.check_shape("x", x, "[B, K, D]", (None, ids_keep.shape[1], None))
+    _dispatch.check_ids("ids_restore", ids_restore, x, "x", "N")
+    patches, columns = ids_restore.shape[1], x.shape[2]
+    if not 1 <= x.shape[1] <= patches:
+        raise ValueError(f"x has {x.shape[1]} rows; wanted 1..{patches}: the kept ones of N patches")
     _dispatch.check_tensor("cls_token", cls_token, "[1, 1, D]", _dispatch.FLOAT_DTYPES, x.device)
     _dispatch.check_shape("cls_token", cls_token, "[1, 1, D]", (1, 1, columns))
     _dispatch.check_tensor("pos_embed", pos_embed, "[1, 1+N, D]", _dispatch.FLOAT_DTYPES, x.device)
-    _dispatch.check_shape("pos_embed", pos_embed, "[1, 1+N, D]", (1, None, columns))
-    if pos_embed.shape[1] <= ids_keep.shape[1]:
-        raise ValueError(
-            f"pos_embed has {pos_embed.shape[1]} rows; wanted at least {1 + ids_keep.shape[1]}: cls and K patches"
-        )
-    return _embed_tokens(x, cls_token, pos_embed, ids_keep)
+    _dispatch.check_shape("pos_embed", pos_embed, "[1, 1+N, D]", (1, patches + 1, columns))
+    return _embed_tokens(x, cls_token, pos_embed, ids_restore)

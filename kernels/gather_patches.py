@@ -1,4 +1,4 @@
-"""Read the kept patches of uint8 images, normalised, in one pass."""
+"""Read the kept patches of images, normalised, in one pass."""
 
 import torch
 import triton
@@ -8,20 +8,24 @@ from torch import Tensor
 from . import _dispatch
 from ._dispatch import kernel
 
+IMAGE_DTYPES = (torch.uint8, *_dispatch.KERNEL_DTYPES)
+
 
 def gather_patches_reference(
     images: Tensor, ids: Tensor, patch_size: int, mean: Tensor, std: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Patchify, select, normalise. images [B, H, W, C] uint8, ids [B, K] -> [B, K, P*P*C] in `dtype`.
+    """Patchify, select, normalise. images [B, H, W, C], ids [B, K] -> [B, K, P*P*C] in `dtype`.
 
-    Computed in float32, or in float64 if `dtype` is that.
+    Bytes are divided by 255. Computed in float32, or in float64 if `dtype` is that.
     """
     batch, height, width, channels = images.shape
     compute = torch.promote_types(dtype, torch.float32)
     grid = images.reshape(batch, height // patch_size, patch_size, width // patch_size, patch_size, channels)
     patches = grid.permute(0, 1, 3, 2, 4, 5).flatten(1, 2)  # [B, N, P, P, C]
-    kept = patches[torch.arange(batch, device=ids.device)[:, None], ids]
-    return ((kept.to(compute) / 255 - mean.to(compute)) / std.to(compute)).flatten(2).to(dtype)
+    kept = patches[torch.arange(batch, device=ids.device)[:, None], ids].to(compute)
+    if images.dtype == torch.uint8:
+        kept = kept / 255
+    return ((kept - mean.to(compute)) / std.to(compute)).flatten(2).to(dtype)
 
 
 @kernel
@@ -57,7 +61,7 @@ def load_normalised_patches(
         + (place // grid_width).to(tl.int64) * PATCH * stride_row
         + (place % grid_width).to(tl.int64) * PATCH * stride_column
     )
-    # PACKED: a row of a patch is P*C consecutive bytes, which the compiler can load 16 at a time.
+    # PACKED: a row of a patch is P*C consecutive values, which the compiler can load 16 bytes at a time.
     if PACKED:
         pixel_at = (element // ROW) * stride_row + inside
     else:
@@ -68,9 +72,11 @@ def load_normalised_patches(
         )
     valid = (patch < patches)[:, None] & (element < PATCH * ROW)[None, :]
     pixels = tl.load(images + patch_at[:, None] + pixel_at[None, :], mask=valid, other=0).to(tl.float32)
+    if images.dtype.element_ty == tl.uint8:
+        pixels = pixels * (1.0 / 255.0)
     channel = inside % CHANNELS
     scale = 1.0 / tl.load(std + channel)
-    return (pixels * (1.0 / 255.0) - tl.load(mean + channel)[None, :]) * scale[None, :]
+    return (pixels - tl.load(mean + channel)[None, :]) * scale[None, :]
 
 
 @kernel
@@ -167,21 +173,41 @@ def _forward_triton(
     return out
 
 
+def _select_pixels(images: Tensor, ids: Tensor, patch_size: int) -> Tensor:
+    """Pixels of patches in their own dtype, [B, K, P, P, C], not always contiguous; copies no other pixel."""
+    batch, height, width, channels = images.shape
+    grid_row, grid_column = ids // (width // patch_size), ids % (width // patch_size)
+    planar = images.permute(0, 3, 1, 2)
+    if images.is_contiguous():
+        planes, length = 1, patch_size * channels
+    elif planar.is_contiguous():
+        planes, length = channels, patch_size
+        images = planar
+    else:
+        windows = images.unfold(1, patch_size, patch_size).unfold(2, patch_size, patch_size)
+        sample = torch.arange(batch, device=ids.device)[:, None]
+        return windows.permute(0, 1, 2, 4, 5, 3)[sample, grid_row, grid_column]
+    # One row of a patch, in one plane, is one row of this table: `index_select` copies it at once.
+    table = images.reshape(-1, length)
+    plane = torch.arange(batch * planes, device=ids.device).view(batch, 1, planes, 1)
+    pixel_row = plane * height + (grid_row * patch_size)[..., None, None]
+    pixel_row = pixel_row + torch.arange(patch_size, device=ids.device)
+    rows = pixel_row * (width // patch_size) + grid_column[..., None, None]
+    pixels = table.index_select(0, rows.flatten())
+    if planes == 1:
+        return pixels.view(*ids.shape, patch_size, patch_size, channels)
+    return pixels.view(*ids.shape, planes, patch_size, patch_size).permute(0, 1, 3, 4, 2)
+
+
 def load_normalised_patches_torch(
     images: Tensor, ids: Tensor, patch_size: int, mean: Tensor, std: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Plain PyTorch with few passes: bytes are selected, then converted. Returns [B, K, P*P*C] in `dtype`."""
-    batch, height, width, channels = images.shape
-    grid_width = width // patch_size
-    # One row of a patch is one row of this table, so that `index_select` copies P*C bytes at a time.
-    table = images.reshape(batch * height * grid_width, patch_size * channels)
-    first = torch.arange(batch, device=ids.device)[:, None] * height + ids // grid_width * patch_size
-    rows = (first[..., None] + torch.arange(patch_size, device=ids.device)) * grid_width + (ids % grid_width)[
-        ..., None
-    ]
-    pixels = table.index_select(0, rows.flatten()).view(*ids.shape, -1).to(dtype)
+    """Plain PyTorch with few passes: pixels are selected, then converted. Returns [B, K, P*P*C] in `dtype`."""
+    pixels = _select_pixels(images, ids, patch_size)
+    pixels = pixels.to(dtype, memory_format=torch.contiguous_format).flatten(2)
     # The constants are repeated to a whole patch: broadcasting over C alone is an order slower.
-    scale = (1 / (255 * std.to(dtype))).repeat(patch_size * patch_size)
+    white = 255 if images.dtype == torch.uint8 else 1
+    scale = (1 / (white * std.to(dtype))).repeat(patch_size * patch_size)
     shift = (mean.to(dtype) / std.to(dtype)).repeat(patch_size * patch_size)
     return pixels.mul_(scale).sub_(shift)
 
@@ -209,7 +235,9 @@ def _(images: Tensor, ids: Tensor, patch_size: int, mean: Tensor, std: Tensor, d
 
 def check_images(images: Tensor, patch_size: int, mean: Tensor, std: Tensor) -> None:
     """Check images and their constants: TypeError for a dtype, ValueError for a shape, device or size."""
-    _dispatch.check_tensor("images", images, "[B, H, W, C]", (torch.uint8,))
+    _dispatch.check_tensor("images", images, "[B, H, W, C]", IMAGE_DTYPES)
+    if images.requires_grad:
+        raise ValueError("images requires a gradient; wanted images.detach(), as pixels get none")
     if patch_size < 1:
         raise ValueError(f"patch_size is {patch_size}; wanted 1 or more")
     for name, size in (("H", images.shape[1]), ("W", images.shape[2])):
@@ -225,22 +253,26 @@ def check_images(images: Tensor, patch_size: int, mean: Tensor, std: Tensor) -> 
 def gather_patches(
     images: Tensor, ids: Tensor, patch_size: int, mean: Tensor, std: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Read patches of uint8 images, normalised; pixels of other patches are not read. No gradient.
+    """Read patches of images, normalised; pixels of other patches are neither read nor copied. No gradient.
+
+    Images [B, C, H, W] are passed as `images.permute(0, 2, 3, 1)` and read where they lie.
 
     Args:
-        images: [B, H, W, C] uint8, any strides (a permuted [B, C, H, W] is read in place on CUDA).
+        images: [B, H, W, C], any strides: uint8, 0 to 255, or float32, bfloat16 or float16 in units where white is
+            1, as torchvision's ToTensor gives.
         ids: [B, K] int64 or int32, any strides: patches in row-major order of the (H/P) x (W/P) grid.
         patch_size: P, in pixels; divides H and W.
-        mean: [C] float32, in units of the 0..1 range (pixel / 255).
+        mean: [C] float32, in units where white is 1.
         std: [C] float32, in the same unit.
         dtype: of the result: float32, bfloat16 or float16 (float64 in plain PyTorch only).
 
     Returns:
-        (pixel / 255 - mean) / std, [B, K, P*P*C]: row in patch, column in patch, channel.
+        (pixel - mean) / std, a byte's pixel being byte / 255: [B, K, P*P*C], row in patch, column in patch, channel.
 
     Raises:
         TypeError: a dtype outside those above.
-        ValueError: shapes, batches or devices that do not fit; no ids; ids out of range (see `_dispatch`).
+        ValueError: shapes, batches or devices that do not fit; no ids; ids out of range (see `_dispatch`); images
+            that require a gradient.
 
     Source: patch order of MAE's patchify (He et al., CVPR 2022).
     """

@@ -165,6 +165,15 @@ def row_index(ids: Tensor, step: int, offset: int = 0) -> Tensor:
     return (ids + first).flatten()
 
 
+def token_order(ids_restore: Tensor) -> Tensor:
+    """Invert the order of the tokens. ids_restore [B, N] -> int64 [B, 1+N]: 0 for the cls token, then kept, removed."""
+    batch, patches = ids_restore.shape
+    token = torch.arange(1, 1 + patches, device=ids_restore.device).expand(batch, -1)
+    order = ids_restore.new_zeros(batch, 1 + patches, dtype=torch.int64)
+    order[:, 1:].scatter_(1, ids_restore.long(), token)
+    return order
+
+
 def _gather_torch(x: Tensor, ids: Tensor, offset: int) -> Tensor:
     table, step = _as_table(x)
     return table.index_select(0, row_index(ids, step, offset)).view(*ids.shape, x.shape[2])

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from . import _dispatch
 from ._dispatch import kernel
+from .scale_gradient import scale_gradient
 
 CHUNK_ELEMENTS = 2**23
-"""Most logits of a chunk of more than 128 rows: 16 MiB in bfloat16, which the L2 cache of an A100 or H100 holds."""
+"""Most logits of a chunk of more than 128 rows: 16 MiB in bfloat16, which the L2 cache of an A100 or H100 holds.
+Fewer would have the weight read, and its gradient's sum read and written, for more chunks."""
 
 CHUNK_ROWS = 1024
 """Most rows of a chunk. A chunk's weight gradient is formed in the dtype of the rows: float16 must hold its sums."""
@@ -90,14 +92,6 @@ def _softmax_gradient_kernel(
     tl.store(per_row + row, tl.log(total) + largest - at_label)
 
 
-@kernel
-def _scale_gradient_kernel(grad, values, out, scale, size, BLOCK: tl.constexpr):
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    factor = tl.load(grad) * scale
-    scaled = tl.load(values + element, mask=element < size, other=0.0).to(tl.float32) * factor
-    tl.store(out + element, scaled.to(out.dtype.element_ty), mask=element < size)
-
-
 def _softmax_gradient_triton(
     logits: Tensor, labels: Tensor, per_row: Tensor, logit_scale: float, needs_grad: bool
 ) -> None:
@@ -132,10 +126,20 @@ def _softmax_gradient_torch(
         logits.copy_(values)
 
 
-def chunk_rows(rows: int, columns: int, classes: int) -> int:
-    """Rows whose logits exist at a time: as many logits as `x` has elements, within 128..CHUNK_ROWS rows."""
-    fitting = triton.cdiv(min(rows * columns, CHUNK_ELEMENTS), classes)
-    return min(rows, CHUNK_ROWS, max(128, triton.cdiv(fitting, 128) * 128))
+def chunk_rows(rows: int, classes: int) -> int:
+    """Rows whose logits exist at a time: up to CHUNK_ELEMENTS logits, within 128..CHUNK_ROWS rows."""
+    return min(rows, CHUNK_ROWS, max(128, CHUNK_ELEMENTS // classes // 128 * 128))
+
+
+def weight_gradient_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """What the weight's gradient is kept in until the backward pass.
+
+    bfloat16 where rows and weight are that, since its range is float32's. float16 cannot hold sums over many rows
+    before they are divided by R; a float32 weight, as under autocast, wants its gradient in float32.
+    """
+    if x.dtype == weight.dtype == torch.bfloat16:
+        return torch.bfloat16
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _forward(
@@ -146,15 +150,15 @@ def _forward(
         _dispatch.check_kernel_dtype("x", x)
         softmax_gradient = _softmax_gradient_triton
     compute = torch.promote_types(x.dtype, torch.float32)
-    (rows, columns), classes = x.shape, weight.shape[0]
+    rows, classes = x.shape[0], weight.shape[0]
     product_weight = weight.to(x.dtype)
     product_bias = None if bias is None else bias.to(x.dtype)
     per_row = x.new_empty(rows, dtype=compute)
     grad_x = x.new_empty(x.shape if needs[0] else 0)
-    # Sums over chunks are in float32: rounded to bfloat16 after each chunk, small contributions would be lost.
-    grad_weight = x.new_zeros((classes, columns) if needs[1] else 0, dtype=compute)
+    kept = weight_gradient_dtype(x, weight)
+    grad_weight = x.new_empty(0, dtype=kept)
     grad_bias = x.new_zeros(classes if needs[2] else 0, dtype=compute)
-    step = chunk_rows(rows, columns, classes)
+    step = chunk_rows(rows, classes)
     buffer = x.new_empty(step, classes)
     for start in range(0, rows, step):
         chunk = x[start : start + step]
@@ -168,20 +172,19 @@ def _forward(
         if needs[0]:
             torch.mm(logits, product_weight, out=grad_x[at])
         if needs[1]:
-            grad_weight += logits.T @ chunk
+            product = logits.T @ chunk
+            # Sums over chunks are in float32: rounded to bfloat16 after each chunk, small contributions would be
+            # lost. The last addition writes what is kept: rounding it takes no pass of its own.
+            is_last = start + step >= rows
+            if start == 0:
+                grad_weight = product.to(kept if is_last else compute)
+            elif is_last and kept != compute:
+                grad_weight = torch.add(grad_weight, product, out=product)
+            else:
+                grad_weight += product
         if needs[2]:
             grad_bias += logits.sum(0, dtype=compute)
     return per_row.mean(), per_row, grad_x, grad_weight, grad_bias
-
-
-def _scale_triton(grad: Tensor, values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    out = values.new_empty(values.shape, dtype=dtype)
-    block = 2048
-    programs = triton.cdiv(values.numel(), block)
-    _dispatch.launch(
-        _scale_gradient_kernel, (programs,), grad, values, out, scale, values.numel(), BLOCK=block
-    )
-    return out
 
 
 @torch.library.custom_op("fastmim::linear_cross_entropy", mutates_args=())
@@ -201,27 +204,9 @@ def _(
     compute = torch.promote_types(x.dtype, torch.float32)
     per_row = x.new_empty(x.shape[0], dtype=compute)
     grad_x = x.new_empty(x.shape if needs[0] else 0)
-    grad_weight = x.new_empty(weight.shape if needs[1] else 0, dtype=compute)
+    grad_weight = x.new_empty(weight.shape if needs[1] else 0, dtype=weight_gradient_dtype(x, weight))
     grad_bias = x.new_empty(weight.shape[0] if needs[2] else 0, dtype=compute)
     return per_row.new_empty(()), per_row, grad_x, grad_weight, grad_bias
-
-
-@torch.library.custom_op("fastmim::scale_gradient", mutates_args=())
-def _scale_gradient(
-    grad: Tensor, values: Tensor, rows: int, logit_scale: float, dtype: torch.dtype
-) -> Tensor:
-    # The factor logit_scale / R is applied here, with the incoming gradient and in float32, on the device:
-    # applied in the forward pass it would push small gradients below what float16 can hold.
-    scale = logit_scale / rows
-    if _dispatch.use_triton(values):
-        return _scale_triton(grad, values, scale, dtype)
-    compute = torch.promote_types(values.dtype, torch.float32)
-    return values.to(compute).mul(grad.to(compute) * scale).to(dtype)
-
-
-@_scale_gradient.register_fake
-def _(grad: Tensor, values: Tensor, rows: int, logit_scale: float, dtype: torch.dtype) -> Tensor:
-    return values.new_empty(values.shape, dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -237,7 +222,7 @@ def _backward(ctx, grad: Tensor | None, *unused):
     if grad is None:
         return (None,) * 6
     grads = [
-        _scale_gradient(grad, values, ctx.rows, ctx.logit_scale, dtype) if needed else None
+        scale_gradient(grad, values, ctx.rows, ctx.logit_scale, dtype) if needed else None
         for values, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
     ]
     return *grads, None, None, None
@@ -278,7 +263,8 @@ def masked_cross_entropy(
 
     Products are in the dtype of `x`, as under autocast; softmax, loss and the sums of the weight's gradient over
     chunks are in float32 (float64 for a float64 `x`, in plain PyTorch only). The forward pass keeps, until the
-    backward pass, the gradients that are required: R*D values in the dtype of `x`, V*D and V in float32.
+    backward pass, the gradients that are required: R*D values in the dtype of `x`, V*D and V in float32; V*D of
+    them, once summed, in bfloat16 if `x` and `weight` are that.
 
     Args:
         x: [R, D] float, any strides.

@@ -1,7 +1,6 @@
-"""Mean squared error on removed patches; the target is computed from the image bytes inside the kernel."""
+"""Squared or absolute error on removed patches; the target is computed from the image inside the kernel."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -14,6 +13,9 @@ from .gather_patches import (
     load_normalised_patches_torch,
     patch_launch_settings,
 )
+from .scale_gradient import scale_gradient
+
+LOSSES = ("mse", "l1")
 
 EPSILON = 1e-6
 """Added to a patch's variance when targets are normalised per patch (MAE's value)."""
@@ -27,8 +29,9 @@ def masked_pixel_loss_reference(
     mean: Tensor,
     std: Tensor,
     norm_pix: bool = False,
+    loss: str = "mse",
 ) -> tuple[Tensor, Tensor]:
-    """MAE's loss. pred [B, M, P*P*C], images [B, H, W, C], ids_mask [B, M] -> loss [], per_patch [B, M].
+    """MAE's loss, or SimMIM's. pred [B, M, P*P*C], images [B, H, W, C], ids_mask [B, M] -> loss [], per_patch [B, M].
 
     Computed in float32, or in float64 if `pred` is that.
     """
@@ -36,7 +39,8 @@ def masked_pixel_loss_reference(
     target = gather_patches_reference(images, ids_mask, patch_size, mean, std, compute)
     if norm_pix:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + EPSILON).sqrt()
-    per_patch = (pred.to(compute) - target).square().mean(-1)
+    difference = pred.to(compute) - target
+    per_patch = (difference.abs() if loss == "l1" else difference.square()).mean(-1)
     return per_patch.mean(), per_patch.detach()
 
 
@@ -48,7 +52,7 @@ def _masked_pixel_loss_forward_kernel(
     mean,
     std,
     per_patch,
-    difference,
+    gradient,
     epsilon,
     stride_pred_batch,
     stride_pred_row,
@@ -63,7 +67,9 @@ def _masked_pixel_loss_forward_kernel(
     stride_ids_batch,
     stride_ids_column,
     NORMALISE: tl.constexpr,
-    STORE_DIFFERENCE: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
+    PRED_PACKED: tl.constexpr,
+    STORE_GRADIENT: tl.constexpr,
     PATCH: tl.constexpr,
     CHANNELS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -100,24 +106,23 @@ def _masked_pixel_loss_forward_kernel(
         variance = tl.sum(target * target, axis=1) / (LENGTH - 1)
         target = target / tl.sqrt(variance + epsilon)[:, None]
     valid = (patch < patches)[:, None] & inside
-    batch = (patch // per_sample).to(tl.int64)
-    pred_at = batch * stride_pred_batch + (patch % per_sample).to(tl.int64) * stride_pred_row
-    predicted = tl.load(
-        pred + pred_at[:, None] + element.to(tl.int64)[None, :] * stride_pred_column, mask=valid, other=0.0
-    )
+    out_at = patch.to(tl.int64)[:, None] * LENGTH + element[None, :]
+    # PRED_PACKED: rows follow each other at a constant distance, which tells the compiler how wide it may load.
+    if PRED_PACKED:
+        pred_at = out_at
+    else:
+        batch = (patch // per_sample).to(tl.int64)
+        row_at = batch * stride_pred_batch + (patch % per_sample).to(tl.int64) * stride_pred_row
+        pred_at = row_at[:, None] + element.to(tl.int64)[None, :] * stride_pred_column
+    predicted = tl.load(pred + pred_at, mask=valid, other=0.0)
     error = tl.where(valid, predicted.to(tl.float32) - target, 0.0)
-    tl.store(per_patch + patch, tl.sum(error * error, axis=1) / LENGTH, mask=patch < patches)
-    if STORE_DIFFERENCE:
-        out_at = patch.to(tl.int64)[:, None] * LENGTH + element[None, :]
-        tl.store(difference + out_at, error.to(difference.dtype.element_ty), mask=valid)
-
-
-@kernel
-def _masked_pixel_loss_backward_kernel(grad, difference, grad_pred, scale, size, BLOCK: tl.constexpr):
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    factor = tl.load(grad) * scale
-    values = tl.load(difference + element, mask=element < size, other=0.0).to(tl.float32) * factor
-    tl.store(grad_pred + element, values.to(grad_pred.dtype.element_ty), mask=element < size)
+    if ABSOLUTE:
+        errors, direction = tl.abs(error), (error > 0).to(tl.float32) - (error < 0).to(tl.float32)
+    else:
+        errors, direction = error * error, error
+    tl.store(per_patch + patch, tl.sum(errors, axis=1) / LENGTH, mask=patch < patches)
+    if STORE_GRADIENT:
+        tl.store(gradient + out_at, direction.to(gradient.dtype.element_ty), mask=valid)
 
 
 def _forward_triton(
@@ -128,11 +133,12 @@ def _forward_triton(
     mean: Tensor,
     std: Tensor,
     norm_pix: bool,
+    loss: str,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _dispatch.check_kernel_dtype("pred", pred)
     per_patch = pred.new_empty(ids_mask.shape, dtype=torch.float32)
-    difference = pred.new_empty(pred.shape if needs_grad else 0)
+    gradient = pred.new_empty(pred.shape if needs_grad else 0)
     programs, num_warps, integers, constants = patch_launch_settings(images, ids_mask, patch_size)
     _dispatch.launch(
         _masked_pixel_loss_forward_kernel,
@@ -143,32 +149,18 @@ def _forward_triton(
         mean.contiguous(),
         std.contiguous(),
         per_patch,
-        difference,
+        gradient,
         EPSILON,
         *pred.stride(),
         *integers,
         num_warps=num_warps,
         NORMALISE=norm_pix,
-        STORE_DIFFERENCE=needs_grad,
+        ABSOLUTE=loss == "l1",
+        PRED_PACKED=pred.is_contiguous(),
+        STORE_GRADIENT=needs_grad,
         **constants,
     )
-    return per_patch.mean(), per_patch, difference
-
-
-def _backward_triton(grad: Tensor, difference: Tensor) -> Tensor:
-    grad_pred = torch.empty_like(difference)
-    block = 2048
-    _dispatch.launch(
-        _masked_pixel_loss_backward_kernel,
-        (triton.cdiv(difference.numel(), block),),
-        grad,
-        difference,
-        grad_pred,
-        2 / difference.numel(),
-        difference.numel(),
-        BLOCK=block,
-    )
-    return grad_pred
+    return per_patch.mean(), per_patch, gradient
 
 
 def _forward_torch(
@@ -179,6 +171,7 @@ def _forward_torch(
     mean: Tensor,
     std: Tensor,
     norm_pix: bool,
+    loss: str,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     compute = torch.promote_types(pred.dtype, torch.float32)
@@ -189,18 +182,22 @@ def _forward_torch(
         variance = _sum_of_squares(target).div_(target.shape[-1] - 1)
         target.div_(variance.add_(EPSILON).sqrt_()[..., None])
     difference = torch.sub(pred, target, out=target)
-    per_patch = _sum_of_squares(difference).div_(difference.shape[-1])
-    return per_patch.mean(), per_patch, difference.to(pred.dtype) if needs_grad else pred.new_empty(0)
+    if loss == "l1":
+        # Row by row of a patch: one sum over a long patch loses bits that the kernel's tree of sums keeps.
+        rows = difference.unflatten(-1, (patch_size, -1))
+        per_patch = torch.linalg.vector_norm(rows, ord=1, dim=-1).sum(-1)
+    else:
+        per_patch = _sum_of_squares(difference)
+    per_patch.div_(difference.shape[-1])
+    if not needs_grad:
+        return per_patch.mean(), per_patch, pred.new_empty(0)
+    gradient = difference.sign_() if loss == "l1" else difference
+    return per_patch.mean(), per_patch, gradient.to(pred.dtype)
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
     # A norm reads x once; squaring first would write a temporary of its size.
     return torch.linalg.vector_norm(x, dim=-1).square_()
-
-
-def _backward_torch(grad: Tensor, difference: Tensor) -> Tensor:
-    compute = torch.promote_types(difference.dtype, torch.float32)
-    return difference.to(compute).mul(grad.to(compute) * (2 / difference.numel())).to(difference.dtype)
 
 
 @torch.library.custom_op("fastmim::masked_pixel_loss", mutates_args=())
@@ -212,12 +209,13 @@ def _masked_pixel_loss(
     mean: Tensor,
     std: Tensor,
     norm_pix: bool,
+    loss: str,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     patches = (images.shape[1] // patch_size) * (images.shape[2] // patch_size)
     _dispatch.check_range("ids_mask", ids_mask, 0, patches)
     forward = _forward_triton if _dispatch.use_triton(pred) else _forward_torch
-    return forward(pred, images, ids_mask, patch_size, mean, std, norm_pix, needs_grad)
+    return forward(pred, images, ids_mask, patch_size, mean, std, norm_pix, loss, needs_grad)
 
 
 @_masked_pixel_loss.register_fake
@@ -229,6 +227,7 @@ def _(
     mean: Tensor,
     std: Tensor,
     norm_pix: bool,
+    loss: str,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     compute = torch.promote_types(pred.dtype, torch.float32)
@@ -236,30 +235,20 @@ def _(
     return per_patch.new_empty(()), per_patch, pred.new_empty(pred.shape if needs_grad else 0)
 
 
-@torch.library.custom_op("fastmim::masked_pixel_loss_backward", mutates_args=())
-def _masked_pixel_loss_backward(grad: Tensor, difference: Tensor) -> Tensor:
-    # d loss / d pred = 2 (pred - target) / (B M L). The factor is applied here, with the incoming gradient
-    # and in float32: on its own it is near 1e-8 at training sizes, below what float16 can hold. It is not an
-    # argument: under dynamic shapes Inductor would pass the float of the first shape it saw.
-    backward = _backward_triton if _dispatch.use_triton(difference) else _backward_torch
-    return backward(grad, difference)
-
-
-@_masked_pixel_loss_backward.register_fake
-def _(grad: Tensor, difference: Tensor) -> Tensor:
-    return torch.empty_like(difference)
-
-
 def _setup_context(ctx, inputs, output) -> None:
     # Autograd would write zeros the size of pred for the outputs that nobody differentiates.
     ctx.set_materialize_grads(False)
+    ctx.factor = 1.0 if inputs[7] == "l1" else 2.0
     ctx.save_for_backward(output[2])
 
 
-def _backward(ctx, grad: Tensor | None, grad_per_patch: None, grad_difference: None):
-    (difference,) = ctx.saved_tensors
-    grad_pred = None if grad is None else _masked_pixel_loss_backward(grad, difference)
-    return grad_pred, None, None, None, None, None, None, None
+def _backward(ctx, grad: Tensor | None, grad_per_patch: None, grad_gradient: None):
+    if grad is None:
+        return (None,) * 9
+    # d loss / d pred = 2 (pred - target) / (B M L), or sign(pred - target) / (B M L).
+    (gradient,) = ctx.saved_tensors
+    grad_pred = scale_gradient(grad, gradient, gradient.numel(), ctx.factor, gradient.dtype)
+    return grad_pred, *(None,) * 8
 
 
 _masked_pixel_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -273,31 +262,38 @@ def masked_pixel_loss(
     mean: Tensor,
     std: Tensor,
     norm_pix: bool = False,
+    loss: str = "mse",
 ) -> tuple[Tensor, Tensor]:
-    """Mean over removed patches of the mean squared error between predictions and pixels.
+    """Mean over removed patches of the mean error, squared or absolute, between predictions and pixels.
 
-    The forward pass also writes pred - target for the backward pass, if `pred` requires a gradient.
+    The forward pass also writes pred - target, or its sign, for the backward pass, if `pred` requires a gradient.
     Statistics, errors and sums are in float32 (in float64 for a float64 `pred`, in plain PyTorch only).
 
     Args:
         pred: [B, M, P*P*C] float, any strides: row in patch, column in patch, channel.
-        images: [B, H, W, C] uint8, any strides.
+        images: [B, H, W, C], any strides: uint8, 0 to 255, or float32, bfloat16 or float16 in units where white is
+            1. Images [B, C, H, W] are passed as `images.permute(0, 2, 3, 1)` and read where they lie.
         ids_mask: [B, M] int64 or int32, any strides: removed patches, row-major in the (H/P) x (W/P) grid.
         patch_size: P, in pixels; divides H and W.
-        mean: [C] float32, in units of the 0..1 range (pixel / 255).
+        mean: [C] float32, in units where white is 1.
         std: [C] float32, in the same unit.
         norm_pix: normalise each target patch to (t - mean_p) / sqrt(var_p + 1e-6), unbiased variance.
+        loss: "mse", or "l1" for the mean absolute error, whose gradient at 0 is 0.
 
     Returns:
         loss: float32 scalar.
-        per_patch: [B, M] float32, mean squared error of each patch, without gradient.
+        per_patch: [B, M] float32, mean error of each patch, without gradient.
 
     Raises:
         TypeError: a dtype outside those above.
-        ValueError: shapes, batches or devices that do not fit; no ids; ids out of range (see `_dispatch`).
+        ValueError: shapes, batches or devices that do not fit; no ids; ids out of range (see `_dispatch`); images
+            that require a gradient; another loss.
 
-    Source: MAE (He et al., CVPR 2022, section 3, "Reconstruction target").
+    Source: MAE (He et al., CVPR 2022, section 3, "Reconstruction target"); L1: SimMIM (Xie et al., CVPR 2022,
+    section 3.4).
     """
+    if loss not in LOSSES:
+        raise ValueError(f"loss is {loss!r}; wanted one of {', '.join(LOSSES)}")
     check_images(images, patch_size, mean, std)
     _dispatch.check_ids("ids_mask", ids_mask, images, "images", "M")
     _dispatch.check_tensor("pred", pred, "[B, M, P*P*C]", _dispatch.FLOAT_DTYPES, images.device)
@@ -308,7 +304,7 @@ def masked_pixel_loss(
             f"norm_pix with {length} value per patch; wanted 2 or more: the variance is unbiased"
         )
     needs_grad = torch.is_grad_enabled() and pred.requires_grad
-    loss, per_patch, _ = _masked_pixel_loss(
-        pred, images, ids_mask, patch_size, mean, std, norm_pix, needs_grad
+    mean_error, per_patch, _ = _masked_pixel_loss(
+        pred, images, ids_mask, patch_size, mean, std, norm_pix, loss, needs_grad
     )
-    return loss, per_patch.detach()
+    return mean_error, per_patch.detach()

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from . import _dispatch
 from ._dispatch import kernel
-from .gather_tokens import row_index
+from .gather_tokens import row_index, token_order
+from .tiles import GROUP_SAMPLES, PROGRAM_ROWS, TILE_ELEMENTS, WARPS, sample_tile, tile_grid
 
 
 def unshuffle_reference(latent: Tensor, mask_token: Tensor, pos_embed: Tensor, ids_restore: Tensor) -> Tensor:
@@ -37,35 +38,44 @@ def _unshuffle_forward_kernel(
     kept,
     columns,
     tokens,
-    rows,
-    BLOCK_ROWS: tl.constexpr,
+    batch,
+    GROUP: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_SAMPLES: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    # Positions and the mask token stay in registers while the samples of a group pass by.
+    token = (tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)).to(tl.int64)
     column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)
-    batch = (row // tokens).to(tl.int64)
-    token = (row % tokens).to(tl.int64)
-    row_valid = row < rows
-    column_valid = (column < columns)[None, :]
-    # Token 0 is the cls token: it reads no id, and -1 + 1 sends it to row 0 of `latent`.
-    ids_at = batch * stride_ids_batch + (token - 1) * stride_ids_column
-    source = tl.load(ids_restore + ids_at, mask=row_valid & (token > 0), other=-1).to(tl.int64) + 1
-    is_kept = source <= kept
-    latent_at = batch * stride_latent_batch + source * stride_latent_row
-    values = tl.load(
-        latent + latent_at[:, None] + column[None, :] * stride_latent_column,
-        mask=(row_valid & is_kept)[:, None] & column_valid,
-        other=0.0,
-    ).to(tl.float32)
-    masked = tl.load(mask_token + column[None, :] * stride_mask_column, mask=column_valid, other=0.0)
+    token_valid, column_valid = token < tokens, column < columns
+    masked = tl.load(mask_token + column * stride_mask_column, mask=column_valid, other=0.0)
     position = tl.load(
         pos_embed + token[:, None] * stride_pos_row + column[None, :] * stride_pos_column,
-        mask=row_valid[:, None] & column_valid,
+        mask=token_valid[:, None] & column_valid[None, :],
         other=0.0,
     )
-    values = tl.where(is_kept[:, None], values, masked.to(tl.float32)) + position.to(tl.float32)
-    out_at = row.to(tl.int64)[:, None] * columns + column[None, :]
-    tl.store(out + out_at, values.to(out.dtype.element_ty), mask=row_valid[:, None] & column_valid)
+    for start in range(0, GROUP, BLOCK_SAMPLES):
+        sample = (tl.program_id(2) * GROUP + start + tl.arange(0, BLOCK_SAMPLES)).to(tl.int64)
+        row_valid = token_valid[:, None] & (sample < batch)[None, :]
+        # Token 0 is the cls token: it reads no id, and -1 + 1 sends it to row 0 of `latent`.
+        ids_at = sample[None, :] * stride_ids_batch + (token - 1)[:, None] * stride_ids_column
+        ids_valid = row_valid & (token > 0)[:, None]
+        source = tl.load(ids_restore + ids_at, mask=ids_valid, other=-1).to(tl.int64) + 1
+        is_kept = source <= kept
+        latent_at = sample[None, :] * stride_latent_batch + source * stride_latent_row
+        values = tl.load(
+            latent + latent_at[:, :, None] + column[None, None, :] * stride_latent_column,
+            mask=(row_valid & is_kept)[:, :, None] & column_valid[None, None, :],
+            other=0.0,
+        ).to(tl.float32)
+        values = tl.where(is_kept[:, :, None], values, masked.to(tl.float32)[None, None, :])
+        values += position.to(tl.float32)[:, None, :]
+        out_at = (sample[None, :] * tokens + token[:, None]) * columns
+        tl.store(
+            out + out_at[:, :, None] + column[None, None, :],
+            values.to(out.dtype.element_ty),
+            mask=row_valid[:, :, None] & column_valid[None, None, :],
+        )
 
 
 @kernel
@@ -73,7 +83,8 @@ def _unshuffle_backward_kernel(
     grad,
     ids_restore,
     grad_latent,
-    partial,
+    partial_mask,
+    partial_pos,
     stride_grad_batch,
     stride_grad_row,
     stride_grad_column,
@@ -82,38 +93,54 @@ def _unshuffle_backward_kernel(
     kept,
     columns,
     tokens,
-    PROGRAM_ROWS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    batch,
+    SUM_POSITIONS: tl.constexpr,
+    SPAN: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_SAMPLES: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     # The gradient is read once, in the order of the output. A kept row has one destination, so it is stored
     # there without a search or atomics; a removed row is added to this program's share of the mask token's.
-    programs = (tokens + PROGRAM_ROWS - 1) // PROGRAM_ROWS
-    batch = (tl.program_id(0) // programs).to(tl.int64)
-    first = (tl.program_id(0) % programs) * PROGRAM_ROWS
     column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)
-    column_valid = (column < columns)[None, :]
-    total = tl.full([BLOCK_ROWS, BLOCK_COLUMNS], 0, tl.float32)
-    for start in range(0, PROGRAM_ROWS, BLOCK_ROWS):
-        token = (first + start + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-        row_valid = token < tokens
-        ids_at = batch * stride_ids_batch + (token - 1) * stride_ids_column
-        target = tl.load(ids_restore + ids_at, mask=row_valid & (token > 0), other=-1).to(tl.int64) + 1
-        is_kept = (target <= kept)[:, None]
-        valid = row_valid[:, None] & column_valid
-        grad_at = batch * stride_grad_batch + token * stride_grad_row
-        values = tl.load(
-            grad + grad_at[:, None] + column[None, :] * stride_grad_column, mask=valid, other=0.0
-        ).to(tl.float32)
-        total += tl.where(is_kept, 0.0, values)
-        latent_at = (batch * (kept + 1) + target) * columns
-        tl.store(
-            grad_latent + latent_at[:, None] + column[None, :],
-            values.to(grad_latent.dtype.element_ty),
-            mask=valid & is_kept,
-        )
-    partial_at = tl.program_id(0).to(tl.int64) * columns + column
-    tl.store(partial + partial_at, tl.sum(total, axis=0), mask=column < columns)
+    column_valid = column < columns
+    mask_total = tl.full([BLOCK_TOKENS, BLOCK_SAMPLES, BLOCK_COLUMNS], 0, tl.float32)
+    for first in range(0, SPAN, BLOCK_TOKENS):
+        token = (tl.program_id(0) * SPAN + first + tl.arange(0, BLOCK_TOKENS)).to(tl.int64)
+        token_valid = token < tokens
+        pos_total = tl.full([BLOCK_TOKENS, BLOCK_SAMPLES, BLOCK_COLUMNS], 0, tl.float32)
+        for start in range(0, GROUP, BLOCK_SAMPLES):
+            sample = (tl.program_id(2) * GROUP + start + tl.arange(0, BLOCK_SAMPLES)).to(tl.int64)
+            row_valid = token_valid[:, None] & (sample < batch)[None, :]
+            valid = row_valid[:, :, None] & column_valid[None, None, :]
+            grad_at = sample[None, :] * stride_grad_batch + token[:, None] * stride_grad_row
+            values = tl.load(
+                grad + grad_at[:, :, None] + column[None, None, :] * stride_grad_column, mask=valid, other=0.0
+            ).to(tl.float32)
+            ids_at = sample[None, :] * stride_ids_batch + (token - 1)[:, None] * stride_ids_column
+            ids_valid = row_valid & (token > 0)[:, None]
+            target = tl.load(ids_restore + ids_at, mask=ids_valid, other=-1).to(tl.int64) + 1
+            is_kept = (target <= kept)[:, :, None]
+            mask_total += tl.where(is_kept, 0.0, values)
+            if SUM_POSITIONS:
+                pos_total += values
+            latent_at = (sample[None, :] * (kept + 1) + target) * columns
+            tl.store(
+                grad_latent + latent_at[:, :, None] + column[None, None, :],
+                values.to(grad_latent.dtype.element_ty),
+                mask=valid & is_kept,
+            )
+        if SUM_POSITIONS:
+            pos_at = (tl.program_id(2) * tokens + token)[:, None] * columns + column[None, :]
+            tl.store(
+                partial_pos + pos_at,
+                tl.sum(pos_total, axis=1).to(partial_pos.dtype.element_ty),
+                mask=token_valid[:, None] & column_valid[None, :],
+            )
+    program = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    mask_sum = tl.sum(tl.sum(mask_total, axis=1), axis=0)
+    tl.store(partial_mask + program * columns + column, mask_sum, mask=column_valid)
 
 
 def _forward_triton(
@@ -123,11 +150,11 @@ def _forward_triton(
         _dispatch.check_kernel_dtype(name, tensor)
     batch, tokens, columns = latent.shape[0], pos_embed.shape[1], latent.shape[2]
     out = latent.new_empty(batch, tokens, columns, dtype=dtype)
-    block_columns = _dispatch.column_block(columns)
-    block_rows = 2048 // block_columns
+    tile = sample_tile(batch, columns)
+    group = min(GROUP_SAMPLES, triton.next_power_of_2(batch))
     _dispatch.launch(
         _unshuffle_forward_kernel,
-        (triton.cdiv(batch * tokens, block_rows), triton.cdiv(columns, block_columns)),
+        (*tile_grid(tile, tokens, columns), triton.cdiv(batch, group)),
         latent,
         mask_token,
         pos_embed,
@@ -140,40 +167,52 @@ def _forward_triton(
         latent.shape[1] - 1,
         columns,
         tokens,
-        batch * tokens,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=block_columns,
+        batch,
+        num_warps=WARPS,
+        GROUP=group,
+        **tile,
     )
     return out
 
 
 def _backward_triton(
-    grad: Tensor, ids_restore: Tensor, kept: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, ids_restore: Tensor, kept: int, dtype: torch.dtype, pos_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, columns = grad.shape
     grad_latent = grad.new_empty(batch, kept + 1, columns, dtype=dtype)
-    # 64 rows a program: the partial sums are about 2 % of the bytes that are read and enough programs run.
-    program_rows = 64
-    programs = batch * triton.cdiv(tokens, program_rows)
-    partial = grad.new_empty(programs, columns, dtype=torch.float32)
-    block_columns = _dispatch.column_block(columns)
+    # Two sums instead of one: half a tile keeps them in registers.
+    tile = sample_tile(batch, columns, TILE_ELEMENTS // 2 if pos_dtype else TILE_ELEMENTS)
+    group = min(PROGRAM_ROWS, triton.next_power_of_2(batch))
+    span = max(PROGRAM_ROWS // group, tile["BLOCK_TOKENS"])
+    spans, groups = triton.cdiv(tokens, span), triton.cdiv(batch, group)
+    partial_mask = grad.new_empty(spans * groups, columns, dtype=torch.float32)
+    # The sums of a single group are whole: they are written in the dtype that is wanted.
+    partial_pos = grad.new_empty(
+        (groups, tokens, columns) if pos_dtype else 0, dtype=pos_dtype if groups == 1 else torch.float32
+    )
     _dispatch.launch(
         _unshuffle_backward_kernel,
-        (programs, triton.cdiv(columns, block_columns)),
+        (spans, triton.cdiv(columns, tile["BLOCK_COLUMNS"]), groups),
         grad,
         ids_restore,
         grad_latent,
-        partial,
+        partial_mask,
+        partial_pos,
         *grad.stride(),
         *ids_restore.stride(),
         kept,
         columns,
         tokens,
-        PROGRAM_ROWS=program_rows,
-        BLOCK_ROWS=min(program_rows, 2048 // block_columns),
-        BLOCK_COLUMNS=block_columns,
+        batch,
+        num_warps=WARPS,
+        SUM_POSITIONS=pos_dtype is not None,
+        SPAN=span,
+        GROUP=group,
+        **tile,
     )
-    return grad_latent, partial.sum(0)
+    if pos_dtype and groups > 1:
+        partial_pos = partial_pos.sum(0, keepdim=True).to(pos_dtype)
+    return grad_latent, partial_mask.sum(0), partial_pos
 
 
 def _forward_torch(
@@ -189,17 +228,18 @@ def _forward_torch(
 
 
 def _backward_torch(
-    grad: Tensor, ids_restore: Tensor, kept: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, ids_restore: Tensor, kept: int, dtype: torch.dtype, pos_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, columns = grad.shape
-    position = torch.arange(1, tokens, device=ids_restore.device).expand(batch, -1)
-    ids_shuffle = ids_restore.new_zeros(batch, tokens, dtype=torch.int64)
-    ids_shuffle.scatter_(1, ids_restore.long() + 1, position)
+    accumulator = torch.promote_types(grad.dtype, torch.float32)
+    order = token_order(ids_restore)
     rows = grad.reshape(batch * tokens, columns)
-    grad_latent = rows.index_select(0, row_index(ids_shuffle[:, : kept + 1], tokens))
-    removed = rows.index_select(0, row_index(ids_shuffle[:, kept + 1 :], tokens))
-    total = removed.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
-    return grad_latent.view(batch, kept + 1, columns).to(dtype), total
+    grad_latent = rows.index_select(0, row_index(order[:, : kept + 1], tokens))
+    removed = rows.index_select(0, row_index(order[:, kept + 1 :], tokens))
+    grad_pos = grad.new_empty(0, dtype=pos_dtype)
+    if pos_dtype:
+        grad_pos = grad.sum(0, keepdim=True, dtype=accumulator).to(pos_dtype)
+    return grad_latent.view(batch, kept + 1, columns).to(dtype), removed.sum(0, dtype=accumulator), grad_pos
 
 
 @torch.library.custom_op("fastmim::unshuffle", mutates_args=())
@@ -222,16 +262,20 @@ def _(latent: Tensor, mask_token: Tensor, pos_embed: Tensor, ids_restore: Tensor
 
 @torch.library.custom_op("fastmim::unshuffle_backward", mutates_args=())
 def _unshuffle_backward(
-    grad: Tensor, ids_restore: Tensor, kept: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, ids_restore: Tensor, kept: int, dtype: torch.dtype, pos_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
     backward = _backward_triton if _dispatch.use_triton(grad) else _backward_torch
-    return backward(grad, ids_restore, kept, dtype)
+    return backward(grad, ids_restore, kept, dtype, pos_dtype)
 
 
 @_unshuffle_backward.register_fake
-def _(grad: Tensor, ids_restore: Tensor, kept: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    grad_latent = grad.new_empty(grad.shape[0], kept + 1, grad.shape[2], dtype=dtype)
-    return grad_latent, grad.new_empty(grad.shape[2], dtype=torch.promote_types(grad.dtype, torch.float32))
+def _(
+    grad: Tensor, ids_restore: Tensor, kept: int, dtype: torch.dtype, pos_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, columns = grad.shape
+    grad_latent = grad.new_empty(batch, kept + 1, columns, dtype=dtype)
+    grad_mask = grad.new_empty(columns, dtype=torch.promote_types(grad.dtype, torch.float32))
+    return grad_latent, grad_mask, grad.new_empty((1, tokens, columns) if pos_dtype else 0, dtype=pos_dtype)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -244,11 +288,10 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad: Tensor):
     (ids_restore,) = ctx.saved_tensors
     latent_dtype, mask_dtype, pos_dtype = ctx.dtypes
-    grad_latent, grad_mask = _unshuffle_backward(grad, ids_restore, ctx.kept, latent_dtype)
-    grad_pos = None
-    if ctx.needs_input_grad[2]:
-        accumulator = torch.promote_types(grad.dtype, torch.float32)
-        grad_pos = grad.sum(0, keepdim=True, dtype=accumulator).to(pos_dtype)
+    grad_latent, grad_mask, grad_pos = _unshuffle_backward(
+        grad, ids_restore, ctx.kept, latent_dtype, pos_dtype if ctx.needs_input_grad[2] else None
+    )
+    grad_pos = grad_pos if ctx.needs_input_grad[2] else None
     return grad_latent, grad_mask.to(mask_dtype)[None, None], grad_pos, None
 
 
@@ -259,7 +302,8 @@ def unshuffle(latent: Tensor, mask_token: Tensor, pos_embed: Tensor, ids_restore
     """Put kept tokens back in place, mask tokens at removed positions, and add the position embedding.
 
     Position n takes kept row ids_restore[n] if that is below K, else the mask token. The sum is formed in
-    float32 and rounded once; the mask token's gradient is summed in float32 in two deterministic stages.
+    float32 and rounded once; the gradients of the mask token and the positions are summed in float32, over a group of
+    samples and then over groups, deterministically.
 
     Args:
         latent: [B, 1+K, D] float, any strides; row 0 is the cls token.

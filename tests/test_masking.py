@@ -1,12 +1,14 @@
 """Random masks: exact counts, uniform, and a function of seed, epoch and position alone."""
 
 import numpy as np
+import pytest
 import torch
 from fastmim.kernels import _dispatch
 from fastmim.kernels.philox import philox_4x32
 from scipy.stats import chi2
 
-from fastmim.masking import len_keep, mask_from_order, sample_random_mask
+from fastmim import kernels
+from fastmim.masking import MaskSampler, mask_from_order, sample_random_mask
 
 
 def sample(positions, epochs=None, seed=0, patches=49, keep=12):
@@ -89,6 +91,46 @@ def test_every_patch_is_kept_equally_often():
     assert statistic < chi2.ppf(0.9999, patches - 1)
 
 
-def test_len_keep_is_maes():
-    assert len_keep(196, 0.75) == 49
-    assert len_keep(256, 0.9) == 25
+STRATEGIES = {
+    "random": ("mask.ratio=0.6",),
+    "units": ("mask.unit=2", "mask.ratio=0.5"),
+    "block": ("mask.strategy=block", "mask.ratio=0.4", "mask.min_block=4", "mask.min_aspect=0.5"),
+    "grid": ("mask.strategy=grid", "mask.random_phase=true"),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_sampler_draws_what_the_configuration_asks_for(tiny_config, name):
+    config = tiny_config("train.seed=5", "data.image_size=[64,96]", *STRATEGIES[name])
+    sampler, (rows, columns) = MaskSampler(config), (8, 12)
+    epochs, positions = torch.zeros(50, dtype=torch.int64), torch.arange(50)
+    mask = sampler(epochs, positions)
+    where = 5, epochs, positions
+    expected = {
+        "random": lambda: kernels.sample_random_mask_reference(*where, 96, 38),
+        "units": lambda: kernels.sample_random_mask_reference(*where, 96, 48, 2, (8, 12)),
+        "block": lambda: kernels.sample_block_mask_reference(*where, (8, 12), 57, 4, 0.5),
+        "grid": lambda: kernels.sample_grid_mask_reference(*where, (8, 12), True),
+    }
+    outputs = (mask.ids_keep, mask.ids_mask, mask.ids_restore, mask.mask)
+    assert all(map(torch.equal, outputs, expected[name]()))
+    assert mask.ids_keep.shape == (50, sampler.keep)
+    assert (mask.mask.sum(1) == rows * columns - sampler.keep).all()
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_ranks_draw_the_masks_of_their_own_samples(tiny_config, name):
+    sampler = MaskSampler(tiny_config("data.image_size=[64,96]", *STRATEGIES[name]))
+    epochs, positions = torch.arange(12) // 5, torch.arange(12)
+    whole = sampler(epochs, positions).mask
+    parts = [sampler(epochs[rank::3], positions[rank::3]).mask for rank in range(3)]
+    assert torch.equal(torch.stack(parts, dim=1).flatten(0, 1), whole)
+    assert len({tuple(row.tolist()) for row in whole}) == (12 if name != "grid" else 4)
+
+
+def test_a_swapped_mask_keeps_what_was_removed():
+    mask = sample(range(5), patches=20, keep=7)
+    swapped = mask.swapped()
+    assert torch.equal(swapped.ids_keep, mask.ids_mask) and torch.equal(swapped.mask, ~mask.mask)
+    both = torch.cat([swapped.ids_keep, swapped.ids_mask], dim=1)
+    assert torch.equal(both.gather(1, swapped.ids_restore), torch.arange(20).expand(5, -1))

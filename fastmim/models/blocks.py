@@ -1,19 +1,107 @@
-"""Transformer blocks, from timm, with this engine's attention; and their initialisation."""
+"""Transformer blocks, from timm, with this engine's attention and kernels; and their initialisation."""
 
-from functools import partial, partialmethod
+import functools
 
 import torch
-from timm.models.vision_transformer import Block
+import torch.nn.functional as F
+from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastmim.kernels import _dispatch, add_layer_norm, bias_gelu
 from fastmim.models.attention import Attention
 
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
+
+
+def kernels_run(x: Tensor) -> bool:
+    """Whether a block computes with fused kernels; a compiler is given plain operators, which it fuses itself."""
+    return not torch.compiler.is_compiling() and _dispatch.use_triton(x)
+
+
+class AddLayerNorm(nn.LayerNorm):
+    """A LayerNorm, with LayerNorm's parameters, that also makes the residual addition before it."""
+
+    def __init__(self, width: int, **options):
+        super().__init__(width, eps=1e-6, **options)
+
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, branch [B, N, D] -> LayerNorm(x + branch), x + branch; without a branch LayerNorm(x), x."""
+        if branch is None:
+            return super().forward(x), x
+        if kernels_run(x):
+            return add_layer_norm(x, branch, self.weight, self.bias, self.eps)
+        x = x + branch
+        return super().forward(x), x
+
+
+class LinearGELU(nn.Linear):
+    """A linear, with Linear's parameters, and the exact GELU after it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """GELU(x W^T + b)."""
+        if kernels_run(x):
+            return bias_gelu(F.linear(x, self.weight), self.bias)
+        return F.gelu(super().forward(x))
+
+
+class MLP(nn.Module):
+    """timm's two-layer MLP, with its parameter names; dropout and a norm are options it does not have.
+
+    Args:
+        in_features: token dimension.
+        hidden_features: width between the linears.
+    """
+
+    def __init__(self, in_features: int, hidden_features: int, **timm_options):
+        super().__init__()
+        # timm's block passes every option of its own MLP.
+        assert timm_options.pop("act_layer") is nn.GELU and timm_options.pop("bias")
+        active = [name for name, value in timm_options.items() if value]
+        assert not active, f"options that this MLP does not have: {active}"
+        self.fc1 = LinearGELU(in_features, hidden_features)
+        self.fc2 = nn.Linear(hidden_features, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, N, D] -> [B, N, D]."""
+        return self.fc2(self.fc1(x))
+
+
+class Block(timm_vit.Block):
+    """timm's pre-norm block, which leaves its last residual addition to the norm that follows.
+
+    Args:
+        width: token dimension.
+        heads: attention heads.
+        mlp_ratio: hidden width of the MLP over `width`.
+        drop_path: stochastic depth rate.
+        attention: backend, from `choose_attention`.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float, attention: str):
+        super().__init__(
+            width,
+            heads,
+            mlp_ratio,
+            qkv_bias=True,
+            drop_path=drop_path,
+            norm_layer=AddLayerNorm,
+            mlp_layer=MLP,
+            attn_layer=_attention_class(attention),
+        )
+
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, branch [B, N, D], summands of the block's input -> two of its output, what the MLP added last."""
+        normed, x = self.norm1(x, branch)
+        branch = self.drop_path1(self.attn(normed))
+        normed, x = self.norm2(x, branch)
+        return x, self.drop_path2(self.mlp(normed))
 
 
 class Blocks(nn.Module):
     """A stack of pre-norm transformer blocks.
+
+    On CUDA, unless compiled, each residual addition is one launch with the norm after it.
 
     Args:
         width: token dimension.
@@ -38,37 +126,51 @@ class Blocks(nn.Module):
         super().__init__()
         rates = torch.linspace(0, drop_path, depth).tolist()
         self.checkpointing = checkpointing
-        self.layers = nn.ModuleList(
-            Block(
-                width,
-                heads,
-                mlp_ratio,
-                qkv_bias=True,
-                drop_path=rate,
-                norm_layer=LayerNorm,
-                attn_layer=_attention_class(attention),
-            )
-            for rate in rates
-        )
+        self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, rate, attention) for rate in rates)
 
     def compile_layers(self) -> None:
-        """Compile each block; equal blocks share one compiled graph."""
+        """Compile each block; equal blocks share one compiled graph, but for the first, which adds no branch."""
+        compile_each(self.layers)
+
+    def forward(self, x: Tensor, every_layer: bool = False) -> Tensor | list[Tensor]:
+        """x [B, N, D] -> [B, N, D]; the output of each block where `every_layer`."""
+        if every_layer or (self.checkpointing and torch.is_grad_enabled()):
+            outputs = []
+            for layer in self.layers:
+                # Added up, since a block's input is what is stored: one tensor, not its two summands.
+                x = (
+                    checkpoint(_closed, layer, x, use_reentrant=False)
+                    if self.checkpointing
+                    else _closed(layer, x)
+                )
+                outputs.append(x)
+            return outputs if every_layer else x
+        branch = None
         for layer in self.layers:
-            layer.compile()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, N, D] -> [B, N, D]."""
-        for layer in self.layers:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, use_reentrant=False)
-            else:
-                x = layer(x)
-        return x
+            x, branch = layer(x, branch)
+        return x if branch is None else x + branch
 
 
+def compile_each(layers: nn.ModuleList) -> None:
+    """`torch.compile` each module, however many graphs that makes: every rate of stochastic depth is one of its own."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 4 * len(layers))
+    for layer in layers:
+        layer.compile()
+
+
+def _closed(layer: nn.Module, x: Tensor) -> Tensor:
+    x, branch = layer(x)
+    return x + branch
+
+
+@functools.cache
 def _attention_class(backend: str) -> type[Attention]:
-    # timm asks for a class and checks it with issubclass, so a partial will not do.
-    return type("Attention", (Attention,), {"__init__": partialmethod(Attention.__init__, backend=backend)})
+    # timm asks for a class and checks it with issubclass, so a partial will not do. One class per backend: blocks
+    # of different classes would be compiled one by one, and past eight of them not at all.
+    return type(
+        "Attention", (Attention,), {"__init__": functools.partialmethod(Attention.__init__, backend=backend)}
+    )
 
 
 def init_weights(module: nn.Module) -> None:

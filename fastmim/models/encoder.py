@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.config import Config
-from fastmim.kernels import embed_tokens, gather_patches
+from fastmim.kernels import embed_tokens, gather_patches, unshuffle
+from fastmim.masking import Mask
 from fastmim.models.blocks import Blocks, LayerNorm, init_weights
 from fastmim.models.pixels import PixelScale
 from fastmim.models.position import sincos_positions
@@ -20,17 +21,20 @@ class Encoder(nn.Module):
         config: of the run; `model`, `data` and `train` are read.
         scale: pixel statistics.
         attention: backend, from `choose_attention`.
+        mask_token: all positions go through the blocks, removed ones as a learned token (MAE, Table 1c).
     """
 
     pos_embed: Tensor
+    mask_token: Tensor | None
 
-    def __init__(self, config: Config, scale: PixelScale, attention: str = "sdpa"):
+    def __init__(self, config: Config, scale: PixelScale, attention: str = "sdpa", mask_token: bool = False):
         super().__init__()
         model = config.model
         self.patch_size = model.patch_size
         self.scale = scale
         self.patch_embed = nn.Linear(model.patch_size**2 * config.data.channels, model.width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, model.width))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, model.width)) if mask_token else None
         self.register_buffer("pos_embed", sincos_positions(model.width, config.grid), persistent=False)
         self.blocks = Blocks(
             model.width,
@@ -44,18 +48,30 @@ class Encoder(nn.Module):
         self.norm = LayerNorm(model.width)
         self.apply(init_weights)
         nn.init.normal_(self.cls_token, std=0.02)
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, images: Tensor, ids_keep: Tensor) -> Tensor:
+    def forward(self, images: Tensor, mask: Mask, every_layer: bool = False) -> Tensor | list[Tensor]:
         """Encode the kept patches.
 
         Args:
             images: uint8 [B, H, W, C].
-            ids_keep: int64 [B, K], row-major patch indices.
+            mask: what is kept.
+            every_layer: return the input of the first block and the output of each, without the last norm.
 
         Returns:
-            [B, 1 + K, D], the cls token first, then the patches in the order of `ids_keep`.
+            [B, 1 + K, D], the cls token first, then the patches in the order of `mask.ids_keep`; with a mask token
+            [B, 1 + N, D], in the order of the image. A list of depth + 1 of these where `every_layer`.
         """
         dtype = self.patch_embed.weight.dtype
-        patches = gather_patches(images, ids_keep, self.patch_size, self.scale.mean, self.scale.std, dtype)
-        x = embed_tokens(self.patch_embed(patches), self.cls_token, self.pos_embed.to(dtype), ids_keep)
-        return self.norm(self.blocks(x))
+        patches = gather_patches(
+            images, mask.ids_keep, self.patch_size, self.scale.mean, self.scale.std, dtype
+        )
+        pos_embed = self.pos_embed.to(dtype)
+        x = self.patch_embed(patches)
+        if self.mask_token is None:
+            x = embed_tokens(x, self.cls_token, pos_embed, mask.ids_restore)
+        else:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            x = unshuffle(x, self.mask_token, pos_embed, mask.ids_restore)
+        return [x, *self.blocks(x, every_layer=True)] if every_layer else self.norm(self.blocks(x))

@@ -1,4 +1,5 @@
 import functools
+import sys
 
 import pytest
 import torch
@@ -28,6 +29,13 @@ def backend(request, monkeypatch):
     """Both ways to run on the CPU: plain PyTorch, and the Triton kernels in Triton's interpreter."""
     monkeypatch.setattr(_dispatch, "MODE", request.param)
     return request.param
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Let the losses over logits take 128 rows at a time, so that few rows are several chunks."""
+    module = sys.modules["fastmim.kernels.masked_cross_entropy"]  # its name in the package is the function's
+    monkeypatch.setattr(module, "CHUNK_ROWS", 128)
 
 
 @pytest.fixture

@@ -29,8 +29,12 @@ def split_ids(batch, patches, kept, dtype=torch.int64):
     return shuffle[:, :kept], shuffle[:, kept:], restore
 
 
-def random_images(batch, height, width, channels, layout="packed"):
-    """uint8 [B, H, W, C] in one of four layouts."""
+def random_images(batch, height, width, channels, layout="packed", dtype=torch.uint8):
+    """[B, H, W, C] in one of four layouts; floats are in units where white is 1."""
+    if dtype != torch.uint8:
+        # Of the same strides, as a conversion keeps them; a crop's gaps are closed, and opened again.
+        images = (random_images(batch, height, width, channels, layout) / 255).to(dtype)
+        return torch.cat([images, images], 2)[:, :, :width] if layout == "crop" else images
     if layout == "planar":
         shape = (batch, channels, height, width)
         return torch.randint(0, 256, shape, dtype=torch.uint8).permute(0, 2, 3, 1)
@@ -58,6 +62,18 @@ def exact_patches(images, ids, patch_size, mean, std):
     rows, columns = height // patch_size, width // patch_size
     x = images.permute(0, 3, 1, 2).double()
     x = x.reshape(batch, channels, rows, patch_size, columns, patch_size)
-    x = torch.einsum("nchpwq->nhwpqc", x / 255).reshape(batch, rows * columns, patch_size**2, channels)
+    x = x / 255 if images.dtype == torch.uint8 else x
+    x = torch.einsum("nchpwq->nhwpqc", x).reshape(batch, rows * columns, patch_size**2, channels)
     x = ((x - mean.double()) / std.double()).flatten(2)
     return torch.stack([x[sample, ids[sample].long()] for sample in range(batch)])
+
+
+def exact_outputs(kept, removed):
+    """What a mask sampler returns for one sample, as lists: ids_keep, ids_mask, ids_restore, mask."""
+    ids = sorted(kept) + sorted(removed)
+    return [
+        sorted(kept),
+        sorted(removed),
+        [ids.index(n) for n in range(len(ids))],
+        [n in removed for n in range(len(ids))],
+    ]

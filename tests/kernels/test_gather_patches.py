@@ -1,7 +1,10 @@
 import pytest
 import torch
 from fastmim.kernels import gather_patches, gather_patches_reference
+from fastmim.kernels.gather_patches import load_normalised_patches_torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.counting import count_traffic
 from tests.kernels.kernel_testing import (
     DTYPES,
     INDEX_DTYPES,
@@ -23,11 +26,22 @@ SIZES = [
     (13, 16, 2, 2),
     (13, 32, 1, 2),
     (3, 5, 3, 3),
+    (4, 4, 1, 1),
 ]
+LONG = [(1, 4, 7, 7), (3, 4, 14, 14), (1, 4, 1, 197), (1, 4, 33, 31)]
 
 
-def setup(channels, patch_size, rows, columns, layout="packed", ids_dtype=torch.int64, batch=2):
-    images = random_images(batch, rows * patch_size, columns * patch_size, channels, layout)
+def setup(
+    channels,
+    patch_size,
+    rows,
+    columns,
+    layout="packed",
+    ids_dtype=torch.int64,
+    batch=2,
+    image_dtype=torch.uint8,
+):
+    images = random_images(batch, rows * patch_size, columns * patch_size, channels, layout, image_dtype)
     patches = rows * columns
     ids, _, _ = split_ids(batch, patches, max(1, patches - 1), ids_dtype)
     return images, ids, patch_size, *constants(channels)
@@ -49,6 +63,76 @@ def test_layouts_and_ids(backend, unwritten_shows, layout, ids_dtype):
     actual = gather_patches(*arguments, torch.float32)
     native = gather_patches_reference(*arguments, torch.float32)
     assert_error_budget(actual, native, exact_patches(*arguments))
+
+
+@pytest.mark.parametrize("size", LONG)
+def test_long_sequences(backend, unwritten_shows, size):
+    images, ids, *rest = setup(*size, batch=1)
+    for some in (ids, ids[:, :1]):
+        actual = gather_patches(images, some, *rest, torch.float32)
+        native = gather_patches_reference(images, some, *rest, torch.float32)
+        assert_error_budget(actual, native, exact_patches(images, some, *rest))
+
+
+FLOATS = [
+    (torch.float32, "planar", torch.bfloat16),
+    (torch.float32, "crop", torch.float32),
+    (torch.bfloat16, "packed", torch.bfloat16),
+    (torch.bfloat16, "planar", torch.float32),
+    (torch.float16, "expanded", torch.float16),
+]
+
+
+@pytest.mark.parametrize(("image_dtype", "layout", "dtype"), FLOATS)
+def test_float_images_are_not_divided_by_255(backend, unwritten_shows, image_dtype, layout, dtype):
+    arguments = setup(3, 8, 3, 4, layout, image_dtype=image_dtype)
+    before = arguments[0].clone()
+    assert before.max() > 0.9
+    actual = gather_patches(*arguments, dtype)
+    native = gather_patches_reference(*arguments, dtype)
+    assert_error_budget(actual, native, exact_patches(*arguments), rounding_factor(backend, dtype))
+    assert torch.equal(arguments[0], before)
+
+
+def test_bytes_and_their_floats_agree(backend):
+    images, *rest = setup(3, 8, 2, 3)
+    floats = gather_patches(images / 255, *rest, torch.float32)
+    torch.testing.assert_close(gather_patches(images, *rest, torch.float32), floats, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("image_dtype", [torch.uint8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_kernel_reads_what_it_keeps_and_no_more(layout, image_dtype):
+    images, ids, *rest = setup(3, 16, 3, 4, layout, image_dtype=image_dtype)
+    with count_traffic() as traffic:
+        gather_patches(images, ids, *rest, torch.bfloat16)
+    floor = ids.numel() * (16 * 16 * 3 * (images.element_size() + 2) + 8)
+    assert floor <= traffic.bytes <= 1.05 * floor
+    assert traffic.launches == 1
+
+
+class LargestResult(TorchDispatchMode):
+    """Notes the most bytes that an ATen call writes to new memory."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage()._cdata not in given:
+            self.bytes = max(self.bytes, result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("image_dtype", [torch.uint8, torch.float32, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_plain_pytorch_copies_kept_pixels_only(layout, image_dtype):
+    images, ids, *rest = setup(3, 8, 10, 12, layout, image_dtype=image_dtype)
+    kept = ids[:, :3]
+    with LargestResult() as largest:
+        patches = load_normalised_patches_torch(images, kept, *rest, torch.float32)
+    assert torch.equal(patches, load_normalised_patches_torch(images, ids, *rest, torch.float32)[:, :3])
+    assert patches.nbytes <= largest.bytes <= 1.1 * patches.nbytes
 
 
 def test_ids_of_any_strides(backend, unwritten_shows):
@@ -117,7 +201,12 @@ IDS = torch.zeros(2, 3, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"images": IMAGES.float()}, TypeError, r"images has dtype float32; wanted uint8"),
+        ({"images": IMAGES.int()}, TypeError, r"images has dtype int32; wanted uint8 or float32 or bfloat16"),
+        (
+            {"images": IMAGES.float().requires_grad_()},
+            ValueError,
+            r"images requires a gradient; wanted images.detach",
+        ),
         ({"images": IMAGES[0]}, ValueError, r"images has shape \[8, 12, 3\]; wanted \[B, H, W, C\]"),
         (
             {"images": IMAGES[:, :6]},

@@ -6,6 +6,9 @@ from fastmim.kernels.info_nce import info_nce, info_nce_reference
 from tests.kernels.kernel_testing import DTYPES, INDEX_DTYPES, assert_error_budget
 from tests.kernels.test_masked_cross_entropy import gradient_floor
 
+# In all of these tests 128 queries are a chunk.
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
 # queries, keys, columns; 300 queries are three chunks, 8195 keys are two blocks of a row
 SHAPES = [(1, 1, 1), (1, 7, 96), (37, 37, 96), (197, 394, 768), (300, 300, 32), (2, 8195, 16)]
 TEMPERATURE = 0.2

@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.kernel_testing import DTYPES, INDEX_DTYPES, assert_error_budget
 
+# In all of these tests 128 rows are a chunk.
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
 # rows, columns, classes; 300 rows are three chunks, 8195 classes are two blocks of a row
 SHAPES = [(1, 1, 5), (37, 96, 5), (197, 96, 1000), (300, 8, 37), (3, 768, 8192), (2, 16, 8195), (4, 3, 1)]
 
@@ -120,14 +123,15 @@ def test_logits_never_exist_as_a_whole(backend, needs_grad):
     assert largest.size == 128 * classes * 4
 
 
-def test_chunks():
-    assert chunk_rows(37, 768, 8192) == 37
-    # ViT-B, 64 images, 98 masked patches: the logits of a chunk take about as much memory as the rows
-    assert chunk_rows(64 * 98, 768, 8192) == 640
-    for shape in ((10**6, 768, 8192), (10**6, 1, 5), (10**5, 1280, 10**5)):
+def test_a_chunk_fits_the_cache(monkeypatch):
+    monkeypatch.undo()
+    assert chunk_rows(37, 8192) == 37
+    # ViT-B, 64 images
+    assert chunk_rows(64 * 147, 8192) == 1024
+    for shape in ((10**6, 8192), (10**6, 5), (10**5, 9408), (10**5, 10**5)):
         rows = chunk_rows(*shape)
         assert rows % 128 == 0 and rows <= CHUNK_ROWS
-        assert rows == 128 or rows * shape[2] <= CHUNK_ELEMENTS
+        assert rows == 128 or rows * shape[1] <= CHUNK_ELEMENTS
 
 
 def test_large_logits_are_finite(backend):
@@ -153,7 +157,7 @@ def test_float16_gradient_survives_at_training_size(backend):
 def test_weight_gradient_keeps_float32_precision_over_chunks(backend):
     # One chunk of ones, then seven whose 0.246 each is below half a step of bfloat16 at their sum of 126.
     rows, classes = 1024, 64
-    assert chunk_rows(rows, 1, classes) == 128
+    assert chunk_rows(rows, classes) == 128
     x = torch.full((rows, 1), 2.0**-9, dtype=torch.bfloat16)
     x[:128] = 1
     weight = torch.zeros(classes, 1, dtype=torch.bfloat16, requires_grad=True)
@@ -161,6 +165,22 @@ def test_weight_gradient_keeps_float32_precision_over_chunks(backend):
     (grad,) = torch.autograd.grad(loss, weight)
     wanted = -(1 - 1 / classes) * x.double().sum() / rows
     assert (grad[0, 0].double() / wanted - 1).abs() < 2**-7
+
+
+@pytest.mark.parametrize(
+    ("rows", "weight", "kept"),
+    [
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float16, torch.float16, torch.float32),
+    ],
+)
+def test_what_the_weight_gradient_is_kept_in(backend, rows, weight, kept):
+    x, matrix, bias, labels = setup(300, 8, 37)
+    arguments = x.to(rows), matrix.to(weight), bias.to(weight), labels, 1.0, [True] * 3
+    _, _, _, grad_weight, grad_bias = torch.ops.fastmim.linear_cross_entropy(*arguments)
+    assert (grad_weight.dtype, grad_bias.dtype) == (kept, torch.float32)
+    assert grad_weight.isfinite().all() and grad_weight.count_nonzero() > 0
 
 
 def test_gradients_only_where_needed(backend):

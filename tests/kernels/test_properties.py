@@ -29,7 +29,8 @@ def masked_tokens(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     x = torch.randn(batch, patches, width, generator=generator)
     epochs = torch.zeros(batch, dtype=torch.int64)
-    return x, sample_random_mask(draw(st.integers(0, 2**63)), epochs, torch.arange(batch), patches, keep)
+    seed = draw(st.integers(0, 2**63))
+    return x, sample_random_mask(seed, epochs, torch.arange(batch), patches, keep)[:3]
 
 
 @SAME_BACKEND
@@ -57,7 +58,7 @@ def test_each_token_carries_the_position_it_came_from(backend, case):
     batch, patches = ids_restore.shape
     place = torch.arange(1 + patches, dtype=torch.float32)[None, :, None]
     zero = torch.zeros(1, 1, 1)
-    embedded = embed_tokens(zero.expand(batch, ids_keep.shape[1], 1), zero, place, ids_keep)
+    embedded = embed_tokens(zero.expand(batch, ids_keep.shape[1], 1), zero, place, ids_restore)
     assert torch.equal(embedded[:, 1:, 0].long(), ids_keep + 1)
     assert (embedded[:, 0] == 0).all()
 
@@ -71,7 +72,7 @@ def test_loss_does_not_depend_on_the_order_of_samples(backend, norm_pix, data):
     removed = data.draw(st.integers(1, 5), "removed")
     images, statistics = random_images(batch, 8, 12, 3), constants(3)
     pred = torch.randn(batch, removed, 48)
-    _, ids_mask, _ = sample_random_mask(
+    _, ids_mask, *_ = sample_random_mask(
         0, torch.zeros(batch).long(), torch.arange(batch), patches=6, keep=6 - removed
     )
     loss, per_patch = masked_pixel_loss(pred, images, ids_mask, 4, *statistics, norm_pix)

@@ -6,9 +6,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from tests.kernels.kernel_testing import INDEX_DTYPES
+from tests.kernels.kernel_testing import INDEX_DTYPES, exact_outputs
 
 SIZES = [(2, 1), (3, 2), (49, 12), (196, 49), (197, 196), (256, 64), (1023, 1), (4096, 1024)]
+# Positions whose noise ties between two of 1024 units, and how many units that splits.
+UNIT_TIES = [(9775, 150), (12101, 1023), (13744, 126)]
 SEEDS = [0, 1, 7, 2**40 + 3, 2**63 - 1]
 
 
@@ -20,15 +22,18 @@ def coordinates(samples=4, dtype=torch.int64):
     return torch.tensor(epochs, dtype=dtype), torch.tensor(positions, dtype=dtype)
 
 
-def exact_mask(seed, epoch, position, patches, keep):
-    """One sample's mask, from Python integers."""
+def exact_mask(seed, epoch, position, patches, keep, unit=1, columns=1):
+    """One sample's mask, from Python integers, unit by unit."""
+    units = {}
+    for n in range(patches):
+        units.setdefault((n // columns // unit, n % columns // unit), []).append(n)
+    last_word = STREAM_MASK | position >> 32 << 8
     noise = [
-        int(philox_4x32(seed, torch.tensor([n]), position & 0xFFFFFFFF, epoch, STREAM_MASK | position >> 32 << 8)[0])
-        for n in range(patches)
-    ]  # fmt: skip
-    order = sorted(range(patches), key=lambda n: (noise[n], n))
-    ids_keep, ids_mask = sorted(order[:keep]), sorted(order[keep:])
-    return ids_keep, ids_mask, [(ids_keep + ids_mask).index(n) for n in range(patches)]
+        philox_4x32(seed, index, position & 0xFFFFFFFF, epoch, last_word)[0] for index in range(len(units))
+    ]
+    members = [units[place] for place in sorted(units)]
+    order = [n for index in sorted(range(len(units)), key=lambda i: (noise[i], i)) for n in members[index]]
+    return exact_outputs(order[:keep], order[keep:])
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -37,7 +42,19 @@ def test_ids_are_those_of_the_definition(backend, unwritten_shows, seed):
     masks = sample_random_mask(seed, epochs, positions, 23, 7)
     for sample, (epoch, position) in enumerate(zip(epochs.tolist(), positions.tolist(), strict=True)):
         expected = exact_mask(seed, epoch, position, 23, 7)
-        assert [ids[sample].tolist() for ids in masks] == list(expected)
+        assert [output[sample].tolist() for output in masks] == expected
+
+
+UNITS = [(2, 4, 2, 4), (6, 4, 2, 4), (9, 6, 3, 45), (14, 14, 2, 76), (14, 14, 7, 49), (4, 32, 4, 64)]
+
+
+@pytest.mark.parametrize(("rows", "columns", "unit", "keep"), UNITS)
+def test_units_are_those_of_the_definition(backend, unwritten_shows, rows, columns, unit, keep):
+    epochs, positions = coordinates()
+    masks = sample_random_mask(5, epochs, positions, rows * columns, keep, unit, (rows, columns))
+    for sample, (epoch, position) in enumerate(zip(epochs.tolist(), positions.tolist(), strict=True)):
+        expected = exact_mask(5, epoch, position, rows * columns, keep, unit, columns)
+        assert [output[sample].tolist() for output in masks] == expected
 
 
 @pytest.mark.parametrize("dtype", INDEX_DTYPES)
@@ -45,11 +62,9 @@ def test_ids_are_those_of_the_definition(backend, unwritten_shows, seed):
 def test_bits_are_the_references(backend, unwritten_shows, patches, keep, dtype):
     epochs, positions = coordinates(dtype=dtype)
     masks = sample_random_mask(3, epochs, positions, patches, keep)
-    for ids, expected in zip(
-        masks, sample_random_mask_reference(3, epochs, positions, patches, keep), strict=True
-    ):
-        assert ids.dtype == torch.int64
-        assert torch.equal(ids, expected)
+    expected = sample_random_mask_reference(3, epochs, positions, patches, keep)
+    assert all(map(torch.equal, masks, expected))
+    assert [output.dtype for output in masks] == [torch.int64] * 3 + [torch.bool]
 
 
 @pytest.mark.parametrize(("position", "keep"), [(46, 3519), (1681, 1178), (2185, 237)])
@@ -57,9 +72,20 @@ def test_equal_noise_at_the_threshold_keeps_the_lower_index(backend, position, k
     counter = torch.arange(4096), position, 0, STREAM_MASK
     noise, order = philox_4x32(0, *counter)[0].sort(stable=True)
     assert noise[keep - 1] == noise[keep]
-    ids_keep, _, _ = sample_random_mask(0, torch.tensor([0]), torch.tensor([position]), 4096, keep)
+    ids_keep, *_ = sample_random_mask(0, torch.tensor([0]), torch.tensor([position]), 4096, keep)
     assert order[keep - 1] in ids_keep
     assert order[keep] not in ids_keep
+
+
+@pytest.mark.parametrize(("position", "keep"), UNIT_TIES)
+def test_equal_noise_at_the_threshold_splits_no_unit(backend, position, keep):
+    noise, order = philox_4x32(0, torch.arange(1024), position, 0, STREAM_MASK)[0].sort(stable=True)
+    assert noise[keep - 1] == noise[keep]
+    arguments = torch.tensor([0]), torch.tensor([position]), 4096, 4 * keep, 2, (64, 64)
+    *_, mask = sample_random_mask(0, *arguments)
+    units = mask.view(32, 2, 32, 2).sum((1, 3)).flatten()
+    assert set(units.tolist()) == {0, 4}
+    assert units[order[keep - 1]] == 0 and units[order[keep]] == 4
 
 
 @pytest.mark.parametrize("patches", [16, 196])
@@ -100,7 +126,7 @@ def test_every_patch_is_kept_equally_often():
     # Kept counts per position: K of N without replacement, so the statistic shrinks by (N - K) / (N - 1).
     samples, patches, keep = 20_000, 64, 16
     positions = torch.arange(samples)
-    ids_keep, _, _ = sample_random_mask_reference(2, positions // 7, positions, patches, keep)
+    ids_keep, *_ = sample_random_mask_reference(2, positions // 7, positions, patches, keep)
     kept = ids_keep.flatten().bincount(minlength=patches)
     expected = samples * keep / patches
     statistic = (((kept - expected) ** 2) / expected).sum().item() * (patches - 1) / (patches - keep)
@@ -121,8 +147,9 @@ def test_masks_are_permutations_with_exactly_k_kept(backend, data):
     seed = data.draw(st.integers(-(2**63), 2**64 - 1), "seed")
     epochs = torch.tensor([data.draw(st.integers(0, 2**32 - 1), "epoch")])
     positions = torch.tensor([data.draw(st.integers(0, 2**56 - 1), "position")])
-    ids_keep, ids_mask, ids_restore = sample_random_mask(seed, epochs, positions, patches, keep)
+    ids_keep, ids_mask, ids_restore, mask = sample_random_mask(seed, epochs, positions, patches, keep)
     assert ids_keep.shape == (1, keep)
+    assert torch.equal(mask.nonzero()[:, 1], ids_mask[0])
     both = torch.cat([ids_keep, ids_mask], 1)
     assert torch.equal(both.sort(1).values, torch.arange(patches)[None])
     assert torch.equal(both.gather(1, ids_restore), torch.arange(patches)[None])
@@ -131,14 +158,14 @@ def test_masks_are_permutations_with_exactly_k_kept(backend, data):
 
 def test_opcheck(backend):
     epochs, positions = coordinates()
-    torch.library.opcheck(torch.ops.fastmim.sample_random_mask.default, (3, epochs, positions, 16, 4))
+    torch.library.opcheck(torch.ops.fastmim.sample_random_mask.default, (3, epochs, positions, 16, 4, 2, 8))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_graph_breaks(backend, compiler, dynamic):
     def step(epochs, positions):
-        ids_keep, ids_mask, ids_restore = sample_random_mask(3, epochs, positions + 1, 16, 4)
-        return ids_keep * 2, ids_mask, ids_restore
+        ids_keep, *others = sample_random_mask(3, epochs, positions + 1, 16, 4, 2, (2, 8))
+        return ids_keep * 2, *others
 
     compiled = compiler(step, dynamic=dynamic)
     for samples in (1, 4):
@@ -180,6 +207,15 @@ def test_the_kernel_refuses_more_patches_than_its_registers_hold(backend):
         ({"patches": 2**20}, ValueError, r"patches is 1048576; wanted 2\.\.1048575"),
         ({"keep": 0}, ValueError, r"keep is 0; wanted 1\.\.15, as there are 16 patches"),
         ({"keep": 16}, ValueError, r"keep is 16; wanted 1\.\.15, as there are 16 patches"),
+        ({"unit": 0}, ValueError, r"unit is 0; wanted 1 or more"),
+        ({"unit": 2}, ValueError, r"grid is None with unit 2; wanted \(rows, columns\)"),
+        ({"unit": 2, "grid": (4, 8)}, ValueError, r"grid is 4 x 8; wanted 16 patches"),
+        ({"unit": 3, "grid": (4, 4)}, ValueError, r"grid is 4 x 4; wanted multiples of unit 3"),
+        (
+            {"unit": 2, "grid": (4, 4), "keep": 6},
+            ValueError,
+            r"keep is 6; wanted a multiple of 4, the patches of a unit",
+        ),
         ({"seed": 2**64}, ValueError, r"seed is 18446744073709551616; wanted a 64-bit integer"),
     ],
 )

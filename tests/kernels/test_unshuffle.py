@@ -4,8 +4,18 @@ from fastmim.kernels import unshuffle, unshuffle_reference
 
 from tests.kernels.kernel_testing import DTYPES, INDEX_DTYPES, assert_error_budget, rounding_factor, split_ids
 
-# batch, patches, kept, width; 65 and 130 rows cross the 64 rows that a backward program takes
-SHAPES = [(1, 1, 1, 1), (2, 6, 2, 5), (3, 16, 4, 64), (2, 64, 16, 24), (2, 129, 7, 8), (2, 5, 5, 300)]
+# batch, patches, kept, width. A tile holds 32 samples, a forward program 64, a backward program 256 rows; a tile
+# holds 256 columns.
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 6, 5, 5),
+    (3, 16, 4, 64),
+    (2, 131, 33, 300),
+    (2, 5, 5, 272),
+    (33, 13, 1, 7),
+    (65, 7, 2, 48),
+    (257, 3, 2, 8),
+]
 
 
 def setup(batch, patches, kept, width, dtype=torch.float32, ids_dtype=torch.int64):
@@ -129,9 +139,9 @@ def test_opcheck(backend):
     inputs = [x.requires_grad_() for x in floats]
     torch.library.opcheck(torch.ops.fastmim.unshuffle.default, (*inputs, ids_restore))
     grad = torch.randn(2, 7, 8)
-    torch.library.opcheck(
-        torch.ops.fastmim.unshuffle_backward.default, (grad, ids_restore, 2, torch.bfloat16)
-    )
+    for pos_dtype in (None, torch.float16):
+        arguments = grad, ids_restore, 2, torch.bfloat16, pos_dtype
+        torch.library.opcheck(torch.ops.fastmim.unshuffle_backward.default, arguments)
 
 
 def test_compiles_without_graph_breaks(backend, compiler):

@@ -1,10 +1,113 @@
-"""Blocks: activation checkpointing and drop path, and the position table."""
+"""Blocks: against timm's, with kernels and compiled, activation checkpointing and drop path; the position table."""
+
+import copy
+import functools
 
 import pytest
 import torch
+from fastmim.kernels import _dispatch
+from timm.layers.attention import Attention as TimmAttention
+from timm.models.vision_transformer import Block as TimmBlock
+from torch import nn
 
-from fastmim.models.blocks import Blocks
+from fastmim.models.blocks import Blocks, init_weights
 from fastmim.models.position import sincos_positions
+from tests.kernels.kernel_testing import assert_error_budget
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that are launched, in Triton's interpreter."""
+    names, launch = [], _dispatch.launch
+    monkeypatch.setattr(_dispatch, "MODE", "interpret")
+    monkeypatch.setattr(
+        _dispatch,
+        "launch",
+        lambda function, *args, **kwargs: (
+            names.append(function.__name__),
+            launch(function, *args, **kwargs),
+        ),
+    )
+    return names
+
+
+def timm_blocks(width, depth, heads):
+    """timm's blocks, one after the other."""
+    layers = [
+        TimmBlock(
+            width,
+            heads,
+            qkv_bias=True,
+            attn_layer=TimmAttention,
+            norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
+        )
+        for _ in range(depth)
+    ]
+    return nn.Sequential(*layers)
+
+
+def results(blocks, x, grad, dtype):
+    """Output, gradient of the input and of every parameter."""
+    blocks = copy.deepcopy(blocks).to(dtype)
+    x = x.detach().to(dtype).requires_grad_()
+    out = blocks(x)
+    out.backward(grad.to(dtype))
+    return [out.detach(), x.grad, *(parameter.grad for parameter in blocks.parameters())]
+
+
+def setup(checkpointing=False):
+    """Our blocks and timm's with the same random weights, an input and an output's gradient."""
+    ours, theirs = Blocks(32, 3, 4, checkpointing=checkpointing), timm_blocks(32, 3, 4)
+    ours.apply(init_weights)
+    for parameter in ours.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, mean=0.5)
+    theirs.load_state_dict({name.removeprefix("layers."): value for name, value in ours.state_dict().items()})
+    return ours, theirs, torch.randn(2, 7, 32), torch.randn(2, 7, 32)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_without_kernels_they_are_timms(checkpointing):
+    *both, x, grad = setup(checkpointing)
+    ours, theirs = (results(blocks, x, grad, torch.float32) for blocks in both)
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_with_kernels_they_are_timms_within_float32(launched, checkpointing):
+    ours, theirs, x, grad = setup(checkpointing)
+    actual = results(ours, x, grad, torch.float32)
+    native = results(theirs, x, grad, torch.float32)
+    exact = results(theirs, x, grad, torch.float64)
+    for got, expected, truth in zip(actual, native, exact, strict=True):
+        assert_error_budget(got, expected, truth)
+    # Closed for the checkpoint, each block adds its first summand by itself, and its forward pass runs twice.
+    norms, times = (3, 2) if checkpointing else (5, 1)
+    assert launched.count("_add_layer_norm_forward_kernel") == norms * times
+    assert launched.count("_add_layer_norm_backward_kernel") == norms
+    assert launched.count("_bias_gelu_forward_kernel") == 3 * times
+    assert launched.count("_bias_gelu_backward_kernel") == 3
+
+
+@torch.no_grad()
+def test_a_compiler_is_given_plain_operators_and_one_graph_for_equal_blocks(launched):
+    blocks, graphs = Blocks(32, 10, 4), []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    for layer in blocks.layers:
+        layer.compile(backend=count)
+    x = torch.randn(2, 7, 32)
+    compiled = blocks(x)
+    assert len(graphs) == 2 and not launched  # the first block has one summand, all others two
+    torch.compiler.reset()
+    plain = Blocks(32, 10, 4)
+    plain.load_state_dict(blocks.state_dict())
+    torch.testing.assert_close(compiled, plain(x))
 
 
 def test_checkpointing_changes_memory_only():
@@ -34,6 +137,18 @@ def test_drop_path_rises_with_depth_and_acts_in_training_only():
     assert not torch.equal(blocks(x), blocks(x))
     blocks.eval()
     assert torch.equal(blocks(x), blocks(x))
+
+
+def test_drop_path_draws_the_same_with_kernels(launched):
+    blocks, x = Blocks(32, 3, 4, drop_path=0.5), torch.randn(16, 5, 32)
+    drawn = []
+    for mode in ("interpret", "reference"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_dispatch, "MODE", mode)
+            torch.manual_seed(1)
+            drawn.append(blocks(x))
+    assert launched
+    torch.testing.assert_close(*drawn)
 
 
 def test_position_table_is_zero_for_cls_and_distinct_elsewhere():
