@@ -8,13 +8,14 @@ import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmim import manifest as manifests
 from fastmim.config import Config
 from fastmim.ema import EMA
 from fastmim.errors import CheckpointError
 from fastmim.manifest import EMA_WEIGHTS, WEIGHTS
+from fastmim.provenance import source_commit
 from fastmim.ranks import Ranks
 
 _TAG = "deepspeed"
@@ -25,7 +26,9 @@ FREE_KEYS = (
     "output",
     "log",
     "checkpoint",
+    "model.init",  # read when a run starts, and not again
     "data.source",
+    "target.tokenizer",  # its weights are compared
     "data.threads",
     "data.prefetch",
     "data.max_bad_fraction",
@@ -87,7 +90,10 @@ def save(
         "precision": precision,
         "config": config.model_dump(mode="json"),
         "state": state,
-        "versions": {name: importlib.metadata.version(name) for name in ("fastmim", "torch", "deepspeed")},
+        "versions": {
+            **{name: importlib.metadata.version(name) for name in ("fastmim", "torch", "deepspeed")},
+            "commit": source_commit(),
+        },
         "files": {name: facts for share in shares for name, facts in sorted(share.items())},
     }
     ranks.run_on_first(lambda: manifests.publish(run, step, content, config.checkpoint.keep))
@@ -103,6 +109,10 @@ def load(engine: DeepSpeedEngine, checkpoint: Path, ema: EMA | None = None) -> N
     found, _ = engine.load_checkpoint(str(checkpoint), tag=_TAG, load_lr_scheduler_states=False)
     if found is None:
         raise CheckpointError(f"{checkpoint}: DeepSpeed loaded nothing from {_TAG}/")
+    if fitted := fitted_buffers(engine.module):
+        stored = load_file(checkpoint / WEIGHTS)
+        for name, buffer in fitted.items():
+            buffer.copy_(stored[name])
     if ema is not None:
         averages = load_file(checkpoint / EMA_WEIGHTS)
         with ema.swapped():
@@ -145,9 +155,29 @@ def check_same_run(
         )
 
 
+def check_same_networks(manifest: dict[str, Any], config: Config, fingerprints: dict[str, str]) -> None:
+    """Refuse to continue a run with another tokenizer or teacher than it began with.
+
+    Args:
+        manifest: of the checkpoint.
+        config: of the run.
+        fingerprints: of the networks in use, by the configuration's key that names their weights.
+
+    Raises:
+        CheckpointError: names the first that differs.
+    """
+    stored = manifest["state"].get("frozen", {})
+    for key, fingerprint in fingerprints.items():
+        if stored.get(key) != fingerprint:
+            raise CheckpointError(
+                f"cannot continue {config.output}: {key} holds other weights (fingerprint {fingerprint[:12]}, the "
+                f"checkpoint has {stored.get(key, 'none')[:12]}). Restore them, or start another run"
+            )
+
+
 def save_weights(engine: DeepSpeedEngine, ranks: Ranks, path: Path, config: Config) -> None:
-    """Write the whole float32 weights as safetensors from rank 0; all ranks call it."""
-    weights = {}
+    """Write the whole float32 weights and fitted buffers as safetensors from rank 0; all ranks call it."""
+    weights = {name: buffer.cpu().contiguous() for name, buffer in fitted_buffers(engine.module).items()}
     for name, parameter in engine.module.named_parameters():
         full = full_parameter(engine, parameter)
         if ranks.first:
@@ -155,6 +185,12 @@ def save_weights(engine: DeepSpeedEngine, ranks: Ranks, path: Path, config: Conf
     if ranks.first:
         metadata = {"format": "pt", "objective": config.objective.name}
         save_file(weights, path, metadata=metadata)
+
+
+def fitted_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """What an objective fitted before training: its persistent buffers."""
+    parameters = dict(module.named_parameters())
+    return {name: value for name, value in module.state_dict().items() if name not in parameters}
 
 
 def full_parameter(engine: DeepSpeedEngine, parameter: Tensor) -> Tensor:

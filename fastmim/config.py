@@ -8,9 +8,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from fastmim.config_data import DataConfig
+from fastmim.config_mask import MaskConfig
+from fastmim.config_objective import (
+    DVAE_STRIDE,
+    REBUILDING,
+    TARGETS,
+    MAEConfig,
+    ObjectiveConfig,
+    TargetConfig,
+    TargetKind,
+)
 from fastmim.deepspeed_fragment import check_fragment
 from fastmim.errors import ConfigError
-from fastmim.schema import Fraction, HeightWidth, PerChannel, Positive, Section, require_heads
+from fastmim.schema import Positive, Section, require_heads
 
 MODEL_SIZES = {  # width, depth, heads
     "tiny": (192, 12, 3),
@@ -38,6 +49,8 @@ class ModelConfig(Section):
     """Side of a square patch in pixels."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth rate of the last block, rising linearly from 0."""
+    init: str | None = None
+    """Weights to start from: a run, a file of `fastmim import` or `export`, or another library's (docs/exchange.md)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -57,106 +70,6 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _heads_divide_width(self):
         require_heads("model", self.width, self.heads)
-        return self
-
-
-class MaskConfig(Section):
-    """Which patches are removed."""
-
-    ratio: float = Field(0.75, gt=0, lt=1)
-    """Share of patches removed; `len_keep = int(N * (1 - ratio))` (MAE, section 3)."""
-
-
-class MAEConfig(Section):
-    """The masked autoencoder (He et al., CVPR 2022)."""
-
-    name: Literal["mae"] = "mae"
-    norm_pix_loss: bool = True
-    """Predict each patch normalised by its own mean and (unbiased) variance."""
-    decoder_width: int = Field(512, gt=0)
-    decoder_depth: int = Field(8, gt=0)
-    decoder_heads: int = Field(16, gt=0)
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self):
-        require_heads("objective.decoder", self.decoder_width, self.decoder_heads, joiner="_")
-        return self
-
-
-class ColorJitter(Section):
-    """Strengths of a random colour change, as in torchvision's ColorJitter; each 0 changes nothing."""
-
-    brightness: float = Field(0.4, ge=0)
-    contrast: float = Field(0.4, ge=0)
-    saturation: float = Field(0.4, ge=0)
-    hue: float = Field(0.0, ge=0, le=0.5)
-
-
-class DataConfig(Section):
-    """Where the images are and how they become uint8 tensors."""
-
-    source: str | None = None
-    """An image folder, a tar shard or a glob of shards, or an .npy uint8 array [n, H, W] or [n, H, W, C]."""
-    image_size: HeightWidth = (224, 224)
-    """Height and width in pixels of what the model sees."""
-    channels: int = Field(3, gt=0)
-    mean: PerChannel = Field(default=None)  # type: ignore[assignment]
-    """Per channel, in units where white is 1; ImageNet's for 3 channels, else 0.5, unless given."""
-    std: PerChannel = Field(default=None)  # type: ignore[assignment]
-    """Likewise; ImageNet's for 3 channels, else 0.25, unless given."""
-    crop: Literal["random_resized_crop", "center_crop"] = "random_resized_crop"
-    scale: tuple[float, float] = (0.2, 1.0)
-    """Area of a random crop over the image's area, lowest and highest."""
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width over height of a random crop, lowest and highest."""
-    flip: Fraction = 0.5
-    """Probability of a horizontal flip."""
-    color_jitter: ColorJitter | None = None
-    samples_per_epoch: Positive | None = None
-    """Images that make an epoch; the size of the set unless given."""
-    max_bad_fraction: float = Field(0.01, ge=0, lt=1)
-    """Share of distinct images that may fail to decode before the run aborts."""
-    max_pixels: int = Field(178_956_970, gt=0)
-    """Images of more pixels than this are left out by the index."""
-    max_file_bytes: int = Field(256 * 2**20, gt=0)
-    """Files larger than this are left out by the index."""
-    threads: Positive | None = None
-    """Decoding threads per rank; the machine's cores over its ranks unless given."""
-    prefetch: int = Field(2, gt=0)
-    """Batches decoded ahead."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_statistics(cls, values: Any) -> Any:
-        channels = values.get("channels", 3) if isinstance(values, dict) else None
-        if not isinstance(channels, int) or channels < 1:
-            return values
-        of_imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-        return {
-            **(of_imagenet if channels == 3 else {"mean": [0.5] * channels, "std": [0.25] * channels}),
-            **values,
-        }
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        for key in ("mean", "std"):
-            values = getattr(self, key)
-            if len(values) != self.channels:
-                raise ValueError(
-                    f"data.{key} has {len(values)} values; expected data.channels={self.channels}"
-                )
-        if min(self.std) <= 0:
-            raise ValueError(f"data.std={self.std}; expected values above 0")
-        low, high = self.scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"data.scale={list(self.scale)}; expected 0 < lowest <= highest <= 1")
-        low, high = self.aspect
-        if not 0 < low <= high:
-            raise ValueError(f"data.aspect={list(self.aspect)}; expected 0 < lowest <= highest")
-        if self.color_jitter is not None and self.channels not in (1, 3):
-            raise ValueError(
-                f"data.color_jitter with data.channels={self.channels}; expected 1 or 3 channels"
-            )
         return self
 
 
@@ -256,7 +169,8 @@ class Config(Section):
     """Folder of checkpoints, logs and pictures."""
     model: ModelConfig = ModelConfig()
     mask: MaskConfig = MaskConfig()
-    objective: MAEConfig = MAEConfig()
+    objective: ObjectiveConfig = MAEConfig()
+    target: TargetConfig = TargetConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -288,29 +202,100 @@ class Config(Section):
                 f"optim.batch_size={self.optim.batch_size}; expected a multiple of {parts} "
                 f"({world_size} ranks x optim.accumulation={self.optim.accumulation})"
             )
-        return self.optim.batch_size // parts
+        micro_batch = self.optim.batch_size // parts
+        if micro_batch % self.mask.repeats:
+            raise ConfigError(
+                f"mask.repeats={self.mask.repeats}; expected a divisor of the {micro_batch} images of a rank's "
+                "backward pass"
+            )
+        return micro_batch
 
     @model_validator(mode="after")
     def _patches_fit(self):
+        if self.objective.name == "dvae":  # has no patches
+            return self
         patch = self.model.patch_size
         height, width = self.data.image_size
         if height % patch or width % patch:
             raise ValueError(
                 f"data.image_size=[{height}, {width}]; expected multiples of model.patch_size={patch}"
             )
-        patches = (height // patch) * (width // patch)
-        keep = int(patches * (1 - self.mask.ratio))
-        if not 0 < keep < patches:
+        self.mask.check_grid(self.grid)
+        if self.model.width % 4:
             raise ValueError(
-                f"mask.ratio={self.mask.ratio:g} keeps {keep} of {patches} patches; expected at least 1 kept "
-                "and 1 removed"
+                f"model.width={self.model.width}; expected a multiple of 4 (2-d sin-cos positions)"
             )
-        for key, width in (
-            ("model.width", self.model.width),
-            ("objective.decoder_width", self.objective.decoder_width),
-        ):
-            if width % 4:
-                raise ValueError(f"{key}={width}; expected a multiple of 4 (2-d sin-cos positions)")
+        return self
+
+    @property
+    def target_kind(self) -> TargetKind | None:
+        """What is predicted; None where the objective has no choice."""
+        own = TARGETS[self.objective.name]
+        return self.target.kind or (own[0] if own else None)
+
+    @property
+    def draws_pictures(self) -> bool:
+        """Whether the objective rebuilds images."""
+        return self.objective.name in REBUILDING and self.target_kind in ("pixels", "pca", None)
+
+    @model_validator(mode="after")
+    def _tokens_fit(self):
+        if self.objective.name != "dvae":
+            return self
+        height, width = self.data.image_size
+        if height % DVAE_STRIDE or width % DVAE_STRIDE:
+            raise ValueError(
+                f"data.image_size=[{height}, {width}]; expected multiples of {DVAE_STRIDE}, the pixels of a token of "
+                "objective.name='dvae'"
+            )
+        if self.model.init is not None:
+            raise ValueError(
+                f"model.init={self.model.init!r} with objective.name='dvae', which has no ViT; expected null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _components_fit(self):
+        values = self.model.patch_size**2 * self.data.channels
+        if self.target_kind == "pca" and self.target.components > values:
+            raise ValueError(
+                f"target.components={self.target.components}; expected at most the {values} values of a patch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _target_fits(self):
+        name, target, accepted = self.objective.name, self.target, TARGETS[self.objective.name]
+        if target.kind is not None and target.kind not in accepted:
+            names = ", ".join(accepted) or "null"
+            wanted = f"one of {names}" if len(accepted) > 1 else names
+            raise ValueError(f"target.kind={target.kind!r} with objective.name={name!r}; expected {wanted}")
+        owners = {"tokenizer": "tokens", "teacher": "features", "teacher_weights": "features"}
+        for key, kind in owners.items():
+            given = getattr(target, key) is not None
+            if given and self.target_kind != kind:
+                raise ValueError(
+                    f"target.{key} with target.kind={self.target_kind!r}; expected target.kind={kind!r}"
+                )
+            if not given and self.target_kind == kind and key != "teacher_weights":
+                raise ValueError(
+                    f"target.{key} is not set; objective.name={name!r} predicts {kind} and needs it"
+                )
+        if self.log.reconstruct_every_steps and not self.draws_pictures:
+            raise ValueError(
+                f"log.reconstruct_every_steps={self.log.reconstruct_every_steps} with objective.name={name!r} and "
+                f"target.kind={self.target_kind!r}, which predicts no pixels; expected null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _predicted_part_fits(self):
+        share = getattr(self.objective, "kept_mask_ratio", None)
+        if share is not None and share > self.mask.ratio:
+            raise ValueError(
+                f"objective.kept_mask_ratio={share:g}; expected at most mask.ratio={self.mask.ratio:g}: only removed "
+                "patches are predicted"
+            )
         return self
 
     @model_validator(mode="after")

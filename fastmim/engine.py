@@ -22,9 +22,8 @@ def deepspeed_config(config: Config, precision: str, micro_batch: int) -> dict[s
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": config.optim.accumulation,
         "steps_per_print": 10**9,  # this engine logs itself
+        "gradient_clipping": config.optim.clip_grad or 0.0,  # left out, DeepSpeed clips to a norm of 1
     }
-    if config.optim.clip_grad is not None:
-        owned["gradient_clipping"] = config.optim.clip_grad
     if precision in ("bf16", "fp16"):
         owned[precision] = {"enabled": True}
     return {**config.deepspeed, **owned}
@@ -77,7 +76,7 @@ def build_engine(
         optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     elif config.zero_stage == 0 and precision == "fp32":
         optimizer = GuardedAdamW(groups, config.optim.clip_grad, **options)
-        completed.pop("gradient_clipping", None)
+        completed["gradient_clipping"] = 0.0
     else:
         optimizer = torch.optim.AdamW(groups, fused=True, **options)
     return deepspeed.initialize(model=objective, optimizer=optimizer, config=completed)[0]

@@ -15,13 +15,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from fastmim import checkpoint as checkpoints
 from fastmim import manifest as manifests
 from fastmim import recipes
+from fastmim.beginning import begin
 from fastmim.config import Config
-from fastmim.data.loader import Loader, load_images
+from fastmim.data.loader import Loader
 from fastmim.data.shared import open_index
 from fastmim.ema import EMA
 from fastmim.engine import build_engine, check_fragment, start_distributed
 from fastmim.errors import ConfigError, TrainingAborted
-from fastmim.flops import mae_step_flops, peak_flops
+from fastmim.flops import peak_flops
 from fastmim.kernels.philox import STREAM_DROP, philox_4x32
 from fastmim.metrics import Metrics, check_sinks, describe_end, read_records, set_up_logging
 from fastmim.models.attention import choose_attention
@@ -29,8 +30,9 @@ from fastmim.objectives import build_objective
 from fastmim.optim import GuardedAdamW, learning_rate
 from fastmim.pictures import draw_loss
 from fastmim.precision import choose_precision
+from fastmim.profiling import start_profiler
 from fastmim.ranks import Ranks
-from fastmim.reconstruct import Sheet
+from fastmim.reconstruct import open_sheet
 from fastmim.signals import StopSignals
 from fastmim.window import Window, peak_memory_bytes
 
@@ -60,9 +62,8 @@ def train(config: Config, resume: str = "auto") -> int:
         finally:
             trainer.close()
     if trainer.step >= trainer.last_step:
-        logger.info(
-            describe_end(trainer.run_folder, trainer.step, config.log.images or config.require_source())
-        )
+        images = (config.log.images or config.require_source()) if config.draws_pictures else None
+        logger.info(describe_end(trainer.run_folder, trainer.step, images))
         return 0
     return signals.exit_code
 
@@ -87,13 +88,18 @@ class Trainer:
         check_fragment(config, precision, micro_batch)
         self._lock = ranks.run_on_first(lambda: manifests.lock(self.run_folder))
         self.index = open_index(config.require_source(), config.data, ranks)
-        self.sheet = self._open_sheet() if config.log.reconstruct_every_steps else None
+        self.sheet = open_sheet(config, ranks, self.index) if config.log.reconstruct_every_steps else None
         found = ranks.share(ranks.run_on_first(lambda: manifests.find(self.run_folder, resume)))
         if found is not None:
             checkpoints.check_same_run(found[1], config, ranks, precision, self.index.fingerprint)
 
         torch.manual_seed(config.train.seed)
         self.objective = build_objective(config, attention)
+        self.fingerprints = self.objective.fingerprints()
+        if found is not None:
+            checkpoints.check_same_networks(found[1], config, self.fingerprints)
+        if found is None:
+            begin(self.objective, config, ranks, self.index)
         if config.train.compile:
             self.objective.compile_blocks()
         self.engine = build_engine(config, self.objective, precision, micro_batch)
@@ -113,6 +119,7 @@ class Trainer:
             seed=config.train.seed,
             micro_batch=micro_batch,
             accumulation=config.optim.accumulation,
+            repeats=config.mask.repeats,
             rank=ranks.rank,
             world_size=ranks.world_size,
             device=ranks.device,
@@ -129,7 +136,7 @@ class Trainer:
         self.window = Window(ranks.device)
         self.metrics: Metrics | None = None
         ranks.run_on_first(self._open_run)
-        self._flops_per_image = mae_step_flops(config)
+        self._flops_per_image = self.objective.step_flops()
         self._peak_flops = peak_flops(_device_name(ranks.device), precision, config.train.peak_tflops)
         if self.step:
             logger.info("resuming after step %d of %d", self.step, self.total_steps)
@@ -141,13 +148,14 @@ class Trainer:
         recent: deque[Any] = deque(maxlen=config.train.max_skipped_in_a_row + config.log.every_steps)
         saved_at = time.monotonic()
         profiling = config.train.profile and self.ranks.first and self.step < self.last_step
-        profiler = _start_profiler(self.run_folder, self.last_step - self.step) if profiling else None
+        profiler = start_profiler(self.run_folder, self.last_step - self.step) if profiling else None
         window.reset()
         # A signal that came while the run was set up ends it before a step.
         stop = self.ranks.start_flags(signals.received is not None).wait()[0]
         while self.step < self.last_step and not stop:
             flags = self.ranks.start_flags(signals.received is not None, self._is_save_due(saved_at))
             lr = self._set_learning_rate()
+            self.objective.progress = self.step / self.total_steps
             recent.append((self.step + 1, self._train_step(batches)))
             self.step += 1
             if profiler is not None:
@@ -185,12 +193,12 @@ class Trainer:
             started = time.perf_counter()
             batch = next(batches)
             self.window.waited += time.perf_counter() - started
-            if self.config.model.drop_path:
-                self._seed_dropped_paths(micro)
-            loss = self.engine(batch)["loss"]
-            self.engine.backward(loss)
+            if self.objective.stochastic:
+                self._seed_random_draws(micro)
+            losses = self.engine(batch)
+            self.engine.backward(losses["loss"])
             self.engine.step()
-            self.window.add_loss(loss)
+            self.window.add_losses(losses)
             samples.append(batch.samples)
         optimizer = self.engine.optimizer
         guarded = isinstance(optimizer, GuardedAdamW)
@@ -200,8 +208,8 @@ class Trainer:
             self.ema.update(skipped)
         return samples
 
-    def _seed_dropped_paths(self, micro: int) -> None:
-        # Stochastic depth draws from torch's generator; seeding it by the step keeps a resumed run the same run.
+    def _seed_random_draws(self, micro: int) -> None:
+        # Stochastic depth and the like draw from torch's generator; seeded by the step, a resumed run is the same.
         low, high, *_ = philox_4x32(self.config.train.seed, micro, self.step, self.ranks.rank, STREAM_DROP)
         torch.manual_seed(high << 32 | low)
 
@@ -219,7 +227,8 @@ class Trainer:
     def _log(self, lr: float, recent: deque) -> None:
         """Tell a record and start the next window; the one place where the host waits for the device."""
         most_in_a_row = self.window.most_in_a_row()
-        loss, finite, skipped = self.ranks.mean(self.window.sums()).tolist()
+        loss, finite, skipped, *parts = self.ranks.mean(self.window.sums()).tolist()
+        names = [f"loss_{name}" for name in self.window.parts()]
         self.skipped += round(skipped)
         self._gather_bad_images()
         speed = self.window.throughput(self.config.optim.batch_size)
@@ -230,6 +239,7 @@ class Trainer:
                 "step": self.step,
                 "epoch": self.step * self.config.optim.batch_size / self.loader.samples_per_epoch,
                 "loss": loss / finite if finite else None,
+                **{name: part / finite if finite else None for name, part in zip(names, parts, strict=True)},
                 "lr": lr,
                 "grad_norm": self._gradient_norm(),
                 **speed,
@@ -277,7 +287,13 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        state = {"fingerprint": self.index.fingerprint, "skipped": self.skipped, "bad_images": self.bad}
+        state = {
+            "epoch": self.step * self.config.optim.batch_size / self.loader.samples_per_epoch,
+            "fingerprint": self.index.fingerprint,
+            "skipped": self.skipped,
+            "bad_images": self.bad,
+            "frozen": self.fingerprints,
+        }
         checkpoints.save(self.engine, self.ranks, self.config, self.precision, self.step, state, self.ema)
 
     def _draw(self) -> None:
@@ -288,17 +304,6 @@ class Trainer:
             self.sheet.draw(path, self.objective, rebuilt, f"step {self.step}")
             self.metrics.add_image("reconstructions", path, self.step)
             draw_loss(self.run_folder / "loss.png", read_records(self.metrics.path))
-
-    def _open_sheet(self) -> Sheet:
-        """Read the images to reconstruct at once, so that a bad one is not found out hours into the run."""
-        config = self.config
-        index = (
-            open_index(config.log.images, config.data, self.ranks, "log.images")
-            if config.log.images
-            else self.index
-        )
-        images = load_images(index, config.data, min(config.log.n_images, len(index)))
-        return Sheet(images.to(self.ranks.device), config)
 
     def _open_run(self) -> None:
         config = self.config
@@ -314,21 +319,6 @@ class Trainer:
             f"{optim.accumulation} accumulation x {micro_batch}); "
             f"lr {optim.lr:.3e} = blr {optim.blr:.3e} x {optim.batch_size} / 256"
         )
-
-
-def _start_profiler(run: Path, steps: int):
-    """Trace three steps after seven, or as much of that as the run has."""
-    active = min(3, steps)
-    warmup = min(2, steps - active)
-    profiler = torch.profiler.profile(
-        schedule=torch.profiler.schedule(
-            wait=min(5, steps - active - warmup), warmup=warmup, active=active, repeat=1
-        ),
-        record_shapes=True,
-        on_trace_ready=lambda done: done.export_chrome_trace(str(run / "trace.json")),
-    )
-    profiler.start()
-    return profiler
 
 
 def _device_name(device: torch.device) -> str:

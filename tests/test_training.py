@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastmim import recipes
+from fastmim.engine import deepspeed_config
 from tests.launching import TINY_YAML, environment, launch, losses, records, train, write_images
 
 
@@ -117,6 +119,32 @@ def test_clipping_bounds_the_step(recipe, one_rank):
     # The first step has learning rate 0 and the others next to no gradient: only weight decay acts.
     assert losses(got)[1] == pytest.approx(one_rank[1], rel=1e-5)
     assert got[0]["grad_norm"] > 0.01
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_nothing_is_clipped_unless_asked(recipe, stage):
+    """DeepSpeed clips to a norm of 1 where it is told nothing."""
+    got = train(
+        recipe,
+        *("data.source=images", f"output=free_{stage}", "train.max_steps=1", "data.std=[0.01,0.01,0.01]"),
+        f"deepspeed.zero_optimization.stage={stage}",
+    )
+    assert got[0]["grad_norm"] > 2
+    config = deepspeed_config(recipes.load(str(recipe)), "fp32", 8)
+    assert config["gradient_clipping"] == 0.0
+
+
+def test_one_image_makes_an_epoch_of_many_crops_and_repeats_are_masked_anew(recipe):
+    write_images(recipe.parent / "one", 1)
+    words = ["data.source=one", "data.samples_per_epoch=32", "train.max_steps=8"]
+    got = train(recipe, *words, "output=single")
+    assert [record["epoch"] for record in got] == [step / 4 for step in range(1, 9)]
+    assert len(set(losses(got))) == 8  # other crops and masks each time
+    # Eight masks of one crop: less varied data, at the same number of steps.
+    repeated = train(recipe, *words, "output=repeated", "mask.repeats=8")
+    assert losses(repeated)[0] != losses(got)[0] and len(set(losses(repeated))) == 8
+    refused = launch(recipe, *words, "output=refused", "mask.repeats=3")
+    assert refused.returncode == 2 and "mask.repeats=3; expected a divisor of the 8 images" in refused.stdout
 
 
 def test_folder_tar_and_npy_of_the_same_images_give_the_same_losses(tmp_path):

@@ -33,9 +33,9 @@ class Batch:
     epochs: Tensor
     """int64 [B], on the device."""
     positions: Tensor
-    """int64 [B], position in its epoch, on the device."""
+    """int64 [B], position in its epoch, on the device; where images are repeated, every repeat has its own."""
     samples: np.ndarray
-    """int64 [B], row in the index of the image really used."""
+    """int64 [B / repeats], row in the index of the image really used."""
 
 
 class Loader:
@@ -43,7 +43,8 @@ class Loader:
 
     The global batch of step s is the stream's positions [s G, (s + 1) G), with G = micro_batch x accumulation x
     world_size; micro-step a of rank r takes micro_batch of them from s G + (a world_size + r) micro_batch. So
-    any number of ranks with the same G sees the same images.
+    any number of ranks with the same G sees the same images. With `repeats` k, G / k images are decoded, and each
+    stands k times in a row in its batch, at positions of its own for the masks.
 
     An image that cannot be decoded is named in the log and replaced by a substitute that depends on its place in
     the stream alone; the other images of its batch stay as they are.
@@ -54,6 +55,7 @@ class Loader:
         seed: 64-bit key of the order, the crops and the flips.
         micro_batch: images in a batch.
         accumulation: micro-steps in a step.
+        repeats: how often each decoded image stands in its micro-batch; divides `micro_batch`.
         rank, world_size: which part of every step is this process's.
         device: where the images are needed; CUDA decodes there.
         start_step: first step.
@@ -68,6 +70,7 @@ class Loader:
         seed: int,
         micro_batch: int,
         accumulation: int,
+        repeats: int = 1,
         rank: int,
         world_size: int,
         device: torch.device,
@@ -80,7 +83,7 @@ class Loader:
         self.bad: dict[int, str] = {}
         """Why each image that could not be decoded on this rank could not."""
         self._allowed_bad = int(config.max_bad_fraction * len(index))
-        self._micro_batch = micro_batch
+        self._repeats, self._decoded = repeats, micro_batch // repeats
         self._rank, self._world_size = rank, world_size
         self._device = exact_device(device)
         self._plans = self._plan_ahead(start_step * accumulation)
@@ -104,7 +107,7 @@ class Loader:
 
     def _plan_ahead(self, micro_step: int) -> Iterator[Plan]:
         """This rank's micro-batches. Several are planned at once, which costs little more than one."""
-        size = self._micro_batch
+        size = self._decoded
         steps = max(1, _PLANNED_TOGETHER // size)
         while True:
             first = (np.arange(micro_step, micro_step + steps) * self._world_size + self._rank) * size
@@ -118,8 +121,8 @@ class Loader:
             self.index,
             self.config,
             self._device,
-            batch_size=self._micro_batch,
-            threads=min(self._threads, self._micro_batch),
+            batch_size=self._decoded,
+            threads=min(self._threads, self._decoded),
             prefetch=self.config.prefetch,
         )
 
@@ -137,11 +140,12 @@ class Loader:
             self._recover(error)
             return self._collect()
         plan = self._ahead.popleft()
-        return Batch(
-            images,
-            *self._to_device(np.stack([plan.epoch, plan.position])).unbind(0),
-            plan.sample,
-        )
+        epochs, positions = plan.epoch, plan.position
+        if self._repeats > 1:
+            images = images.repeat_interleave(self._repeats, 0)
+            epochs = epochs.repeat(self._repeats)
+            positions = (positions[:, None] * self._repeats + np.arange(self._repeats)).ravel()
+        return Batch(images, *self._to_device(np.stack([epochs, positions])).unbind(0), plan.sample)
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         # From pinned memory the copy does not wait for what the device still computes.
@@ -212,40 +216,58 @@ class Loader:
         return TrainingAborted("\n".join(lines))
 
 
-def load_images(index: Index, config: DataConfig, n: int) -> Tensor:
-    """The first n images of an index, centre-cropped and neither flipped nor coloured.
+def load_images(
+    index: Index, config: DataConfig, n: int, spread: bool = False, skip_bad: bool = False
+) -> Tensor:
+    """Images of an index, centre-cropped and neither flipped nor coloured.
 
     Args:
         index: the images.
-        config: image_size and channels are read.
+        config: image_size and channels are read, and max_bad_fraction where bad images are skipped.
         n: how many; all where the index holds fewer.
+        spread: evenly over the index, in place of the first ones.
+        skip_bad: leave out images that cannot be decoded, and name them in the log.
 
     Returns:
-        uint8 [n, H, W, C], on the CPU.
+        uint8 [n, H, W, C], on the CPU; fewer where some were left out.
 
     Raises:
-        DataError: when one cannot be decoded.
+        DataError: when one cannot be decoded; with `skip_bad`, all or more than `max_bad_fraction` of the index.
     """
     config = config.model_copy(update={"crop": "center_crop", "flip": 0.0, "color_jitter": None})
     schedule = Schedule(index.heights, index.widths, 0, config)
-    rows = np.arange(min(n, len(index)), dtype=np.int64)
-    device = torch.device("cpu")
-    size = min(len(rows), _LOAD_BATCH)
-    decoder = Decoder(index, config, device, batch_size=size, threads=min(cores_per_rank(), size))
-    images = []
-    for first in range(0, len(rows), size):
-        batch = rows[first : first + size]
-        plan = schedule.plan_of(np.zeros_like(batch), batch, batch)
+    n = min(n, len(index))
+    rows = np.arange(n, dtype=np.int64)
+    if spread:
+        rows = rows * len(index) // n
+    device, size = torch.device("cpu"), min(n, _LOAD_BATCH)
+    allowed = min(int(config.max_bad_fraction * len(index)), n - 1) if skip_bad else 0
+    batches = [rows[first : first + size] for first in range(0, n, size)]
+    plans = deque(schedule.plan_of(np.zeros_like(batch), batch, batch) for batch in batches)
+    images, bad, decoder = [], {}, None
+    while plans:
+        plan = plans.popleft()
+        decoder = decoder or Decoder(
+            index, config, device, batch_size=size, threads=min(cores_per_rank(), size)
+        )
         try:
             decoder.start(plan)
             images.append(decoder.result())
         except DECODE_ERRORS as error:
-            probe = Probe(index, config, device)
-            for row, sample in enumerate(batch.tolist()):
-                if reason := probe.why_not(plan.take([row])):
-                    raise DataError(f"{index.name(sample)} cannot be decoded ({reason})") from error
-            raise
-    decoder.close()
+            decoder.close()
+            decoder, probe = None, Probe(index, config, device)
+            reasons = [probe.why_not(plan.take([row])) for row in range(len(plan.sample))]
+            if not any(reasons):
+                raise
+            bad |= {index.name(s): why for s, why in zip(plan.sample.tolist(), reasons, strict=True) if why}
+            if len(bad) > allowed:
+                told = ", ".join(f"{name} cannot be decoded ({why})" for name, why in bad.items())
+                raise DataError(f"{told}; expected at most {allowed} such images of {len(index)}") from error
+            good = [row for row, why in enumerate(reasons) if not why]
+            if good:
+                plans.appendleft(plan.take(good))
+    for name, reason in bad.items():
+        logger.warning("image %s cannot be decoded (%s); it is left out", name, reason)
     return torch.cat(images)
 
 

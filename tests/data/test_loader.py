@@ -77,6 +77,21 @@ def test_any_number_of_ranks_sees_the_same_stream(index, configure, world_size, 
         assert torch.equal(joined(in_order, name), torch.as_tensor(getattr(whole, name)))
 
 
+def test_repeats_stand_side_by_side_at_positions_of_their_own(index, configure):
+    plain = take(make_loader(index, configure(), micro_batch=2), 3)
+    repeated = take(make_loader(index, configure(), micro_batch=6, repeats=3), 3)
+    for once, often in zip(plain, repeated, strict=True):
+        assert torch.equal(often.images.view(2, 3, *once.images.shape[1:]).unbind(1)[2], once.images)
+        assert torch.equal(often.images[0], often.images[1]) and torch.equal(often.images[3], often.images[5])
+        np.testing.assert_array_equal(often.samples, once.samples)
+        assert often.positions.tolist() == [3 * p + r for p in once.positions.tolist() for r in range(3)]
+        assert torch.equal(often.epochs, once.epochs.repeat_interleave(3))
+    # Two ranks see the stream of one.
+    parts = [take(make_loader(index, configure(), 6, 1, rank, 2, repeats=3), 1)[0] for rank in (0, 1)]
+    assert torch.equal(joined(parts, "images"), joined(repeated[:2], "images"))
+    assert torch.equal(joined(parts, "positions"), joined(repeated[:2], "positions"))
+
+
 def test_a_start_step_gives_the_batches_of_a_longer_run(index, configure):
     config = configure(color_jitter={"hue": 0.1})
     whole = take(make_loader(index, config, accumulation=2), 10)
@@ -207,6 +222,18 @@ def test_load_images_names_a_bad_one(damaged, configure):
     _, broken, ruined = damaged(config)
     with pytest.raises(DataError, match=f"{ruined[0]:03}.png cannot be decoded"):
         load_images(broken, config, 10)
+
+
+def test_load_images_leaves_bad_ones_out_where_asked(damaged, configure, caplog):
+    config = configure(max_bad_fraction=0.05)
+    whole, broken, ruined = damaged(config)
+    with caplog.at_level(logging.WARNING, logger="fastmim"):
+        got = load_images(broken, config, 40, skip_bad=True)
+    kept = [row for row in range(40) if row not in ruined]
+    assert torch.equal(got, load_images(whole, config, 40)[kept])
+    assert all(f"{row:03}.png cannot be decoded" in caplog.text for row in ruined)
+    with pytest.raises(DataError, match="expected at most 1 such images of 40"):
+        load_images(broken, configure(max_bad_fraction=0.04), 40, skip_bad=True)
 
 
 @pytest.mark.gpu
