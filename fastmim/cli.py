@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from fastmim import recipes
-from fastmim.errors import FastmimError
+from fastmim.errors import ConfigError, FastmimError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,13 +53,72 @@ def _parser() -> argparse.ArgumentParser:
     index.set_defaults(run=_index)
 
     rebuild = commands.add_parser("reconstruct", help="draw original, masked and reconstructed images")
-    rebuild.add_argument("--checkpoint", required=True, metavar="RUN", help="a run or a checkpoint directory")
+    rebuild.add_argument(
+        "--checkpoint", required=True, metavar="RUN", help="a run, checkpoint or weights file"
+    )
     rebuild.add_argument("--images", required=True, metavar="SOURCE", help="images, like data.source")
     rebuild.add_argument("--out", required=True, metavar="FILE.png")
     rebuild.add_argument("--count", type=int, default=8, help="how many images (default 8)")
     rebuild.add_argument("--seed", type=int, default=0, help="another seed removes other patches")
     rebuild.add_argument("--ema", action="store_true", help="use the averaged weights")
     rebuild.set_defaults(run=_reconstruct)
+
+    masks = commands.add_parser("masks", help="draw examples of the masks that a recipe asks for")
+    masks.add_argument("recipe", metavar="RECIPE", help="as for config")
+    masks.add_argument("--out", required=True, metavar="FILE.png")
+    masks.add_argument("--count", type=int, default=16, help="how many masks (default 16)")
+    masks.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change the recipe")
+    masks.set_defaults(run=_masks)
+
+    cka = commands.add_parser("cka", help="compare layers: of masked and whole images, or of two runs")
+    cka.add_argument("run_a", metavar="RUN", help="a run, checkpoint or weights file")
+    cka.add_argument(
+        "run_b", metavar="OTHER", nargs="?", help="compare the layers of RUN with those of this one"
+    )
+    cka.add_argument("--images", required=True, metavar="SOURCE", help="images, like data.source")
+    cka.add_argument("--out", required=True, metavar="FOLDER", help="for cka.png and cka.csv")
+    cka.add_argument(
+        "--ratios", type=float, nargs="+", metavar="R", help="of the masks (default 0.25 0.5 0.75 0.9)"
+    )
+    cka.add_argument("--count", type=int, default=512, help="how many images (default 512)")
+    cka.add_argument("--batch", type=int, default=64, help="images that are compared at once (default 64)")
+    cka.set_defaults(run=_cka)
+
+    export = commands.add_parser(
+        "export", help="write weights for timm, transformers or facebookresearch/mae"
+    )
+    export.add_argument("source", metavar="RUN", help="a run, a checkpoint directory or a weights file")
+    export.add_argument("out", metavar="OUT", help="a file; a folder for transformers")
+    export.add_argument("--to", required=True, choices=["timm", "transformers", "mae", "fastmim"])
+    export.add_argument("--encoder-only", action="store_true", help="leave the decoder out")
+    export.add_argument("--ema", action="store_true", help="use the averaged weights")
+    export.add_argument(
+        "--image-size",
+        nargs=2,
+        type=int,
+        metavar=("H", "W"),
+        help="position tables for another size of image",
+    )
+    export.add_argument("--force", action="store_true", help="replace OUT")
+    export.set_defaults(run=_export)
+
+    bring = commands.add_parser("import", help="turn weights of other libraries into a file to start from")
+    bring.add_argument("source", metavar="SOURCE", help="a .safetensors or .pth file, or a folder")
+    bring.add_argument("out", metavar="OUT", help="a .safetensors file")
+    bring.add_argument(
+        "--from", dest="layout", default="auto", choices=["auto", "timm", "transformers", "mae"]
+    )
+    bring.add_argument(
+        "--fixed-positions", action="store_true", help="sin-cos positions in place of learned ones"
+    )
+    bring.add_argument("--force", action="store_true", help="replace OUT")
+    bring.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="what SOURCE does not tell, such as model.heads=6",
+    )
+    bring.set_defaults(run=_import)
 
     data = commands.add_parser("data", help="make a known data set ready")
     data.add_argument(
@@ -86,6 +145,38 @@ def _reconstruct(args: argparse.Namespace) -> None:
     from fastmim.reconstruct import reconstruct_images
 
     print(reconstruct_images(args.checkpoint, args.images, args.out, args.count, args.seed, args.ema))
+
+
+def _masks(args: argparse.Namespace) -> None:
+    from fastmim.mask_sheet import draw_mask_sheet
+
+    print(draw_mask_sheet(recipes.load(args.recipe, args.overrides), args.out, args.count))
+
+
+def _cka(args: argparse.Namespace) -> None:
+    from fastmim.evaluate.cka import compare
+
+    if args.run_b is not None and args.ratios is not None:
+        raise ConfigError(
+            "--ratios with two runs; expected one run, whose masked and whole images are compared"
+        )
+    ratios = args.ratios or [0.25, 0.5, 0.75, 0.9]
+    print(compare(args.run_a, args.run_b, args.images, args.out, ratios, args.count, args.batch))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from fastmim.exchange.outward import export_weights
+
+    size = tuple(args.image_size) if args.image_size else None
+    print(export_weights(args.source, args.out, args.to, args.encoder_only, args.ema, size, args.force))
+
+
+def _import(args: argparse.Namespace) -> None:
+    from fastmim.exchange.inward import import_weights
+
+    print(
+        import_weights(args.source, args.out, args.layout, args.overrides, args.fixed_positions, args.force)
+    )
 
 
 def _data(args: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
 """Analytic floating-point operations; a multiply and an add count as two."""
 
 from fastmim.config import Config
-from fastmim.masking import len_keep
 
 # Dense bf16 tensor-core peaks in TFLOP/s, from the makers' data sheets.
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0, "RTX 4090": 165.0}
@@ -18,29 +17,32 @@ def block_flops(tokens: int, width: int, mlp_ratio: float = 4.0) -> int:
     return attention + 2 * linear_flops(tokens, width, int(width * mlp_ratio))
 
 
-def mae_forward_flops(config: Config) -> int:
-    """One image through encoder and decoder; the last linear runs on removed patches only."""
-    patches = config.grid[0] * config.grid[1]
-    keep = len_keep(patches, config.mask.ratio)
+def cross_block_flops(
+    queries: int, width: int, tokens: int, context_width: int, mlp_ratio: float = 4.0
+) -> int:
+    """A block of cross-attention and MLP: queries read tokens of another width."""
+    projections = linear_flops(queries, width, 2 * width) + linear_flops(tokens, context_width, 2 * width)
+    attention = 4 * queries * tokens * width
+    return projections + attention + 2 * linear_flops(queries, width, int(width * mlp_ratio))
+
+
+def embedding_flops(config: Config, patches: int) -> int:
+    """The patch embedding of this many patches; its inputs are pixels, which need no gradient."""
     pixels = config.model.patch_size**2 * config.data.channels
-    model, objective = config.model, config.objective
-    encoder = linear_flops(keep, pixels, model.width)
-    encoder += model.depth * block_flops(1 + keep, model.width, model.mlp_ratio)
-    decoder = linear_flops(1 + keep, model.width, objective.decoder_width)
-    decoder += objective.decoder_depth * block_flops(1 + patches, objective.decoder_width)
-    decoder += linear_flops(patches - keep, objective.decoder_width, pixels)
-    return encoder + decoder
+    return linear_flops(patches, pixels, config.model.width)
 
 
-def mae_step_flops(config: Config) -> int:
-    """Forward and backward of one image.
+def encoder_flops(config: Config, patches: int, tokens: int) -> int:
+    """The encoder: `patches` are embedded, `tokens` go through the blocks."""
+    model = config.model
+    return embedding_flops(config, patches) + model.depth * block_flops(tokens, model.width, model.mlp_ratio)
 
-    The backward of a linear is twice its forward, but for the patch embedding, whose inputs need no gradient.
-    """
-    patches = config.grid[0] * config.grid[1]
-    pixels = config.model.patch_size**2 * config.data.channels
-    embedding = linear_flops(len_keep(patches, config.mask.ratio), pixels, config.model.width)
-    return 3 * mae_forward_flops(config) - embedding
+
+def decoder_flops(config: Config, latents: int) -> int:
+    """MAE's decoder of this many encoder outputs, without a head: all positions and cls go through its blocks."""
+    objective, patches = config.objective, config.grid[0] * config.grid[1]
+    embed = linear_flops(latents, config.model.width, objective.decoder_width)
+    return embed + objective.decoder_depth * block_flops(1 + patches, objective.decoder_width)
 
 
 def peak_flops(device_name: str, precision: str, given_tflops: float | None = None) -> float | None:

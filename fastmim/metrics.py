@@ -90,8 +90,8 @@ class Metrics:
             self._wandb.finish()
 
 
-def describe_end(run: Path, step: int, images: str) -> str:
-    """What a finished run left, and what to try next, on `images`."""
+def describe_end(run: Path, step: int, images: str | None) -> str:
+    """What a finished run left, and what to try next on `images`; None where nothing can be drawn."""
     records = read_records(run / "metrics.jsonl")
     lines = [f"finished {step} steps in {run}/"]
     if records:
@@ -107,7 +107,10 @@ def describe_end(run: Path, step: int, images: str) -> str:
         "config": run / "config.yaml",
     }
     lines += [f"  {name:<13} {path}" for name, path in kept.items() if path.exists()]
-    lines.append(f"next: {_command()} reconstruct --checkpoint {run} --images {images} --out pictures.png")
+    if images is not None:
+        lines.append(
+            f"next: {_command()} reconstruct --checkpoint {run} --images {images} --out pictures.png"
+        )
     return "\n".join(lines)
 
 

@@ -11,13 +11,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 from torch import Tensor
 
+from fastmim.errors import ConfigError
+
 MASKED = 225  # lighter than most of a photograph, so that holes are seen as holes
 
 
 def draw_reconstructions(
     path: Path, originals: Tensor, removed: Tensor, reconstructions: Tensor, patch_size: int, title: str = ""
 ) -> None:
-    """Draw a row per image: original, masked, reconstruction.
+    """Draw a row per image: original, masked where a patch of any was removed, reconstruction.
 
     Args:
         path: PNG to write.
@@ -27,18 +29,20 @@ def draw_reconstructions(
         title: line above the picture.
     """
     n, height, width, _ = originals.shape
-    hidden = removed.view(n, height // patch_size, width // patch_size)
-    hidden = hidden.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
-    masked = originals.masked_fill(hidden[..., None], MASKED)
-    columns = {"original": originals, "masked": masked, "reconstruction": reconstructions}
+    columns = {"original": originals}
+    if removed.any():
+        hidden = removed.view(n, height // patch_size, width // patch_size)
+        hidden = hidden.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
+        columns["masked"] = originals.masked_fill(hidden[..., None], MASKED)
+    columns["reconstruction"] = reconstructions
     # Two pictures a row: a sheet of eight stays on a screen.
     pairs = 2 if n > 1 else 1
     rows = -(-n // pairs)
     cell = 1.7
     figure, axes = plt.subplots(
         rows,
-        3 * pairs,
-        figsize=(3 * pairs * cell * width / height, rows * cell + 0.5),
+        len(columns) * pairs,
+        figsize=(len(columns) * pairs * cell * width / height, rows * cell + 0.5),
         squeeze=False,
         layout="constrained",
     )
@@ -47,7 +51,7 @@ def draw_reconstructions(
     for i in range(n):
         row, left = divmod(i, pairs)
         for offset, (name, images) in enumerate(columns.items()):
-            axis = axes[row, 3 * left + offset]
+            axis = axes[row, len(columns) * left + offset]
             axis.imshow(
                 _displayable(images[i].numpy()), cmap="gray", vmin=0, vmax=255, interpolation="nearest"
             )
@@ -55,6 +59,27 @@ def draw_reconstructions(
                 axis.set_title(name, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
+def draw_masks(path: Path, masks: Tensor, title: str) -> None:
+    """Draw masks side by side, removed patches dark.
+
+    Args:
+        path: PNG to write.
+        masks: bool [n, rows, columns] on the CPU, true where a patch is removed.
+        title: line above the picture.
+    """
+    columns = min(8, len(masks))
+    rows = -(-len(masks) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.2 * columns, 1.2 * rows + 0.5), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, mask in zip(axes.flat, masks, strict=False):
+        axis.imshow(~mask.numpy(), cmap="gray", vmin=-0.3, vmax=1.1)
+    figure.suptitle(title, fontsize=9)
     _save(figure, path)
 
 
@@ -71,6 +96,15 @@ def draw_loss(path: Path, records: list[dict[str, Any]]) -> None:
     other.plot(epochs, [record["lr"] for record in records], color="tab:orange", linewidth=1)
     other.set_ylabel("learning rate", color="tab:orange")
     _save(figure, path)
+
+
+def check_png(out: str) -> Path:
+    """The path of a PNG to write, its folder made; ConfigError for another kind of file."""
+    path = Path(out)
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise ConfigError(f"--out {out}: expected a file whose name ends in .png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _displayable(image: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ class Window:
         self._paused = 0.0
         self._started = time.perf_counter()
         self._loss, self._finite, self._skipped, self._in_a_row, self._most = torch.zeros(5, device=device)
+        self._parts: dict[str, Tensor] = {}
 
     def reset(self) -> None:
         """Start over; a row of skipped steps goes on."""
@@ -32,12 +33,15 @@ class Window:
         self.__init__(self.device)
         self._in_a_row = in_a_row
 
-    def add_loss(self, loss: Tensor) -> None:
-        """Sum a micro-step's loss, float32 scalar; a non-finite one is left out of the mean."""
-        loss = loss.detach()
-        finite = loss.isfinite()
-        self._loss = self._loss + torch.where(finite, loss, 0.0)
+    def add_losses(self, losses: dict[str, Tensor]) -> None:
+        """Sum a micro-step's losses, float32 scalars; where "loss" is not finite all are left out of the means."""
+        losses = {name: loss.detach() for name, loss in losses.items()}
+        total = losses.pop("loss")
+        finite = total.isfinite()
+        self._loss = self._loss + torch.where(finite, total, 0.0)
         self._finite = self._finite + finite
+        for name, part in losses.items():
+            self._parts[name] = self._parts.get(name, 0.0) + torch.where(finite, part, 0.0)
 
     def add_step(self, skipped: Tensor | float) -> None:
         """Count an optimiser step, 1 where it was skipped."""
@@ -51,8 +55,12 @@ class Window:
         self._paused += seconds
 
     def sums(self) -> Tensor:
-        """float32 [3]: sum of the finite losses, their count, skipped steps."""
-        return torch.stack([self._loss, self._finite, self._skipped])
+        """float32 [3 + parts]: sum of the finite losses, their count, skipped steps, sums of the losses' parts."""
+        return torch.stack([self._loss, self._finite, self._skipped, *self._parts.values()])
+
+    def parts(self) -> list[str]:
+        """The names of what else `sums` holds, in its order."""
+        return list(self._parts)
 
     def most_in_a_row(self) -> int:
         """Most skipped steps in a row, the same on every rank; waits for the device."""

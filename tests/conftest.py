@@ -12,22 +12,22 @@ def private_cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
-def tiny_config():
-    """A builder of small configurations: `tiny_config("mask.ratio=0.5")`."""
+def tiny_config(tmp_path_factory):
+    """A builder of small configurations: `tiny_config("mask.ratio=0.5")`.
+
+    With another `objective.name` the decoder's size is that objective's own, as with any recipe.
+    """
+    recipe = tmp_path_factory.mktemp("tiny") / "tiny.yaml"
+    recipe.write_text(TINY)
 
     def build(*overrides: str):
-        return recipes.override([*TINY, *overrides])
+        return recipes.load(str(recipe), list(overrides))
 
     return build
 
 
-TINY = [
-    "model.width=32",
-    "model.depth=2",
-    "model.heads=2",
-    "model.patch_size=8",
-    "objective.decoder_width=16",
-    "objective.decoder_depth=1",
-    "objective.decoder_heads=2",
-    "data.image_size=32",
-]
+TINY = """
+model: {width: 32, depth: 2, heads: 2, patch_size: 8}
+objective: {decoder_width: 16, decoder_depth: 1, decoder_heads: 2}
+data: {image_size: 32}
+"""

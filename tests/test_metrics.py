@@ -88,7 +88,7 @@ def test_the_end_names_what_is_there_and_nothing_else(tmp_path):
 def test_window_leaves_non_finite_losses_out_and_counts_rows_of_skips():
     window = Window(torch.device("cpu"))
     for loss, skipped in [(1.0, 0), (float("nan"), 1), (float("inf"), 1), (3.0, 0), (2.0, 1)]:
-        window.add_loss(torch.tensor(loss))
+        window.add_losses({"loss": torch.tensor(loss)})
         window.add_step(skipped)
     assert window.sums().tolist() == [6.0, 3.0, 3.0]
     assert window.most_in_a_row() == 2

@@ -1,4 +1,4 @@
-"""MAE's decoder: light, and told to predict removed patches only."""
+"""MAE's decoder: light, and asked for removed patches only."""
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +10,23 @@ from fastmim.models.position import sincos_positions
 
 
 class MAEDecoder(nn.Module):
-    """Self-attention over kept and mask tokens; the norm and the last linear run on removed patches only.
+    """Self-attention over kept and mask tokens; the last norm runs on removed patches only.
 
     Args:
         config: of the run; `objective`, `model` and `data` are read.
         attention: backend, from `choose_attention`.
+        mask_token: whether removed positions are filled here; False where the encoder holds all positions.
     """
 
     pos_embed: Tensor
+    mask_token: Tensor | None
 
-    def __init__(self, config: Config, attention: str = "sdpa"):
+    def __init__(self, config: Config, attention: str = "sdpa", mask_token: bool = True):
         super().__init__()
         objective = config.objective
         width = objective.decoder_width
         self.embed = nn.Linear(config.model.width, width)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if mask_token else None
         self.register_buffer("pos_embed", sincos_positions(width, config.grid), persistent=False)
         self.blocks = Blocks(
             width,
@@ -34,22 +36,28 @@ class MAEDecoder(nn.Module):
             checkpointing=config.train.activation_checkpointing,
         )
         self.norm = LayerNorm(width)
-        self.pred = nn.Linear(width, config.model.patch_size**2 * config.data.channels)
         self.apply(init_weights)
-        nn.init.normal_(self.mask_token, std=0.02)
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, latent: Tensor, ids_restore: Tensor, ids_mask: Tensor) -> Tensor:
-        """Predict the removed patches.
+    def forward(self, latent: Tensor, ids_restore: Tensor, ids: Tensor) -> Tensor:
+        """Features of the removed patches, for a head.
 
         Args:
             latent: [B, 1 + K, D] from the encoder.
             ids_restore: int64 [B, N]; position n holds kept row `ids_restore[n]`, or is removed where that is >= K.
-            ids_mask: int64 [B, M], the removed positions.
+                Not read where the encoder holds all positions.
+            ids: int64 [B, M], the positions that are asked for.
 
         Returns:
-            [B, M, P * P * C], in the order of `ids_mask`.
+            [B, M, decoder width], in the order of `ids`.
         """
         x = self.embed(latent)
-        x = unshuffle(x, self.mask_token, self.pos_embed.to(x.dtype), ids_restore)
-        x = gather_tokens(self.blocks(x), ids_mask, offset=1)
-        return self.pred(self.norm(x))
+        positions = self.pos_embed.to(x.dtype)
+        x = (
+            x + positions
+            if self.mask_token is None
+            else unshuffle(x, self.mask_token, positions, ids_restore)
+        )
+        x = gather_tokens(self.blocks(x), ids, offset=1)
+        return self.norm(x)

@@ -1,11 +1,13 @@
 """The pixel statistics that turn bytes into network inputs and targets."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fastmim.models.statistics import Statistics
 
 
-class PixelScale(nn.Module):
-    """Per-channel mean and std in units where white is 1, kept in float32 whatever the model's precision.
+class PixelScale(Statistics):
+    """Per-channel mean and std in units where white is 1.
 
     Attributes:
         mean, std: float32 [C].
@@ -19,8 +21,10 @@ class PixelScale(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
 
-    def _apply(self, fn, recurse=True):
-        # `module.bfloat16()` would round the statistics, and with them every target; only the device may change.
-        device = fn(torch.empty(0, device=self.mean.device)).device
-        self.mean, self.std = self.mean.to(device), self.std.to(device)
-        return self
+    def normalize(self, images: Tensor) -> Tensor:
+        """Bytes [..., C] as float32 in normalised units."""
+        return (images.float() / 255 - self.mean) / self.std
+
+    def to_bytes(self, values: Tensor) -> Tensor:
+        """Normalised values [..., C] as uint8."""
+        return ((values * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fastmim.config import Config
+from fastmim.config_objective import OBJECTIVES
 from fastmim.errors import ConfigError
 
 
@@ -39,19 +40,29 @@ def load_with_sources(recipe: str, overrides: list[str] | None = None) -> tuple[
     for key, value in _apply(values, overrides or []):
         sources = {k: v for k, v in sources.items() if k != key and not k.startswith(f"{key}.")}
         sources |= dict.fromkeys(_leaves({key: value}), "command line")
-    return build(values), sources
+    held = set(_leaves(values))
+    return build(values), {key: source for key, source in sources.items() if key in held}
 
 
 def override(overrides: list[str]) -> Config:
     """The defaults, changed by `key.sub=value` words; for commands that read a part of a configuration."""
+    return build(parse_overrides(overrides))
+
+
+def parse_overrides(overrides: list[str]) -> dict[str, Any]:
+    """`key.sub=value` words as a nested mapping, not yet validated."""
     values: dict[str, Any] = {}
     _apply(values, overrides)
-    return build(values)
+    return values
 
 
 def _apply(values: dict[str, Any], overrides: list[str]) -> list[tuple[str, Any]]:
     """Set every override in `values`; returns them as (key, value)."""
     parsed = [(word, *_parse_override(word)) for word in overrides]
+    own = values.get("objective")
+    named = [value for _, key, value in parsed if key == "objective.name"]
+    if named and isinstance(own, dict) and own.get("name", "mae") != named[-1]:
+        values["objective"] = {}  # the recipe's options belong to its own objective
     for word, key, value in parsed:
         _set(values, key.split("."), value, word)
     return [(key, value) for _, key, value in parsed]
@@ -148,21 +159,33 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> list[str]:
 
 def _explain(detail: Any) -> str:
     location, got = detail["loc"], detail["input"]
-    key = ".".join(str(part) for part in location)
+    if detail["type"] == "union_tag_invalid":
+        return f"objective.name={got.get('name')!r}; expected one of {', '.join(OBJECTIVES)}"
+    # Below `objective` pydantic puts the name of the objective that was chosen.
+    parts = location[:1] + location[2:] if location[:1] == ("objective",) else location
+    key = ".".join(map(str, parts))
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
     if detail["type"] == "extra_forbidden":
         accepted = _section(location[:-1]).model_fields
         close = difflib.get_close_matches(str(location[-1]), accepted, n=1)
-        hint = f"did you mean {'.'.join([*map(str, location[:-1]), close[0]])}? " if close else ""
+        hint = f"did you mean {'.'.join([*map(str, parts[:-1]), close[0]])}? " if close else ""
         return f"{key}={got!r}: unknown key; {hint}expected one of {', '.join(accepted)}"
     if detail["type"] == "missing":
         return f"{key} is not set; {detail['msg'].lower()}"
+    if detail["type"].startswith("model_"):
+        return f"{key}={got!r}; expected a mapping of keys"
     wanted = _range_of(location) or detail["msg"].removeprefix("Input should be ")
     return f"{key}={got!r}; expected {wanted}"
 
 
-_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+_BOUNDS = {
+    "exclusiveMinimum": ">",
+    "minimum": ">=",
+    "exclusiveMaximum": "<",
+    "maximum": "<=",
+    "multipleOf": "a multiple of",
+}
 
 
 def _range_of(location: tuple[Any, ...]) -> str:
@@ -179,6 +202,8 @@ def _range_of(location: tuple[Any, ...]) -> str:
 
 
 def _section(location: tuple[Any, ...]) -> type[BaseModel]:
+    if location[:1] == ("objective",):
+        return OBJECTIVES[location[1]]
     section: type[BaseModel] = Config
     for part in location:
         annotation = section.model_fields[part].annotation

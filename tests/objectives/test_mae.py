@@ -6,6 +6,8 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from fastmim.masking import mask_from_order
 from fastmim.objectives import build_objective
+from tests.objectives.naive_mae import NaiveMAE, ids_of, images_of
+from tests.objectives.naive_vit import assert_gradients, randomise
 
 GRIDS = {"square": (4, 4), "wide": (2, 8)}
 
@@ -70,7 +72,7 @@ def pairs_of(ours, peer):
         yield f"norm.{part}", getattr(encoder.norm, part), getattr(peer.vit.layernorm, part)
         yield f"embed.{part}", getattr(decoder.embed, part), getattr(peer.decoder.decoder_embed, part)
         yield f"decoder_norm.{part}", getattr(decoder.norm, part), getattr(peer.decoder.decoder_norm, part)
-        yield f"pred.{part}", getattr(decoder.pred, part), getattr(peer.decoder.decoder_pred, part)
+        yield f"pred.{part}", getattr(ours.head.linear, part), getattr(peer.decoder.decoder_pred, part)
 
 
 def gradients_of(ours, peer):
@@ -139,7 +141,7 @@ CASES = [("square", True, 3), ("square", False, 1), ("wide", True, 4), ("wide", 
 def test_loss_and_gradients_are_transformers(both):
     config, ours, peer, images = both
     noise = torch.rand(len(images), config.grid[0] * config.grid[1])
-    mask = mask_from_order(noise.argsort(dim=1), ours.keep)
+    mask = mask_from_order(noise.argsort(dim=1), ours.sampler.keep)
     mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
     pixels = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
 
@@ -156,6 +158,28 @@ def test_loss_and_gradients_are_transformers(both):
         # A key's bias shifts all scores of a query alike: its true gradient is 0, and both hold rounding noise.
         if not name.endswith("k_proj.bias"):
             assert error < 1e-4, f"{name}: relative error {error:.2e}"
+
+
+def test_mask_tokens_in_the_encoder_are_those_of_the_formula(tiny_config):
+    torch.manual_seed(0)
+    config = tiny_config("objective.mask_token_in_encoder=true", "data.image_size=[32,24]")
+    objective, images = build_objective(config), images_of(config)
+    randomise(objective)
+    mask = objective.sample_mask(torch.zeros(3, dtype=torch.int64), torch.arange(3))
+    naive, errors = NaiveMAE(objective), []
+    for sample, image in enumerate(images):
+        kept, removed = ids_of(mask, sample)
+        features = naive.decode_mae(naive.encode_with_mask_tokens(image, kept), None, removed)
+        errors += [naive.linear(features, "head.linear") - naive.target(image, removed, norm_pix=True)]
+    want = torch.stack(errors).square().mean()
+    loss, _ = objective.loss(images, mask)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=0)
+    loss.backward()
+    want.backward()
+    assert_gradients(objective, naive)
+    # All positions go through the encoder, and none is filled after it.
+    assert objective.encoder(images, mask).shape == (3, 13, 32)
+    assert "decoder.mask_token" not in objective.state_dict()
 
 
 def test_reconstruct_puts_back_what_the_network_predicts(tiny_config):
@@ -233,15 +257,17 @@ def test_the_encoder_computes_with_visible_patches_only(tiny_config):
     mask = objective.sample_mask(torch.zeros(2, dtype=torch.int64), torch.arange(2))
     tokens = []
     objective.encoder.patch_embed.register_forward_hook(lambda _, args, out: tokens.append(out.shape[1]))
-    objective.encoder.blocks.layers[0].register_forward_hook(lambda _, args, out: tokens.append(out.shape[1]))
-    latent = objective.encoder(images, mask.ids_keep)
+    objective.encoder.blocks.layers[0].register_forward_hook(
+        lambda _, args, out: tokens.append(args[0].shape[1])
+    )
+    latent = objective.encoder(images, mask)
     assert tokens == [4, 5]
     painted = images.clone()
     blocks = painted.view(2, 4, 8, 4, 8, 3).transpose(2, 3)
     for sample in range(2):
         for patch in mask.ids_mask[sample].tolist():
             blocks[sample, patch // 4, patch % 4] = 0
-    assert torch.equal(objective.encoder(painted, mask.ids_keep), latent)
+    assert torch.equal(objective.encoder(painted, mask), latent)
 
 
 def test_the_last_linear_runs_on_removed_patches_only(tiny_config):
@@ -249,7 +275,7 @@ def test_the_last_linear_runs_on_removed_patches_only(tiny_config):
     images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     mask = objective.sample_mask(torch.zeros(2, dtype=torch.int64), torch.arange(2))
     seen = []
-    for module in (objective.decoder.norm, objective.decoder.pred):
+    for module in (objective.decoder.norm, objective.head.linear):
         module.register_forward_hook(lambda _, args, out: seen.append(out.shape[1]))
     objective.predict(images, mask)
     assert seen == [12, 12]

@@ -1,0 +1,1 @@
+"""What trained encoders are worth, and how they see."""

@@ -1,0 +1,41 @@
+"""The encoder alone, from whatever holds its weights."""
+
+import torch
+
+from fastmim.config import Config
+from fastmim.errors import CheckpointError
+from fastmim.exchange.weights import read_weights
+from fastmim.models import Encoder
+from fastmim.models.attention import choose_attention
+from fastmim.models.pixels import PixelScale
+
+PREFIX = "encoder."
+
+
+def load_encoder(path: str, ema: bool = False) -> tuple[Encoder, Config]:
+    """A trained encoder in float32, for evaluation, and the configuration that it was trained with.
+
+    Args:
+        path: a run, checkpoint directory or weights file.
+        ema: use the averaged weights.
+
+    Raises:
+        CheckpointError: no encoder there.
+    """
+    weights = read_weights(path, ema)
+    config = weights.config
+    tensors = {
+        name.removeprefix(PREFIX): value for name, value in weights.tensors.items() if name.startswith(PREFIX)
+    }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scale = PixelScale(config.data.mean, config.data.std)
+    attention = choose_attention("auto", device.type)
+    encoder = Encoder(config, scale, attention, mask_token="mask_token" in tensors)
+    missing = encoder.state_dict().keys() - tensors.keys()
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} tensors of an encoder such as {min(missing)}; "
+            f"it was trained with objective.name={config.objective.name!r}"
+        )
+    encoder.load_state_dict(tensors)
+    return encoder.to(device).eval().requires_grad_(False), config

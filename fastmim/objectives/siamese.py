@@ -1,0 +1,39 @@
+"""What R-MAE and C-MAE share: two encodings of an image by complementary masks (Kong & Zhang, CVPR 2023)."""
+
+from torch import Tensor
+
+from fastmim.config import Config
+from fastmim.flops import decoder_flops, encoder_flops
+from fastmim.masking import Mask
+from fastmim.models import MAEDecoder
+from fastmim.objectives.base import Objective
+
+
+class Siamese(Objective):
+    """One encoder on the visible patches and on the removed ones, and a decoder for each branch, or one for both.
+
+    The first branch decodes removed positions from visible patches, as MAE does; the second has seen them.
+
+    Args:
+        config: of the run.
+        attention: backend, from `choose_attention`.
+    """
+
+    def __init__(self, config: Config, attention: str = "sdpa"):
+        super().__init__(config, attention)
+        self.decoder = MAEDecoder(config, attention)
+        self.second_decoder = None if config.objective.share_decoder else MAEDecoder(config, attention)
+
+    def first_branch(self, images: Tensor, mask: Mask) -> Tensor:
+        """Features of removed patches that were not seen, [B, M, decoder width], in the order of `mask.ids_mask`."""
+        return self.decoder(self.encoder(images, mask), mask.ids_restore, mask.ids_mask)
+
+    def second_branch(self, images: Tensor, mask: Mask) -> Tensor:
+        """Features of the same patches from themselves, [B, M, decoder width]."""
+        decoder = self.second_decoder or self.decoder
+        seen = mask.swapped()
+        return decoder(self.encoder(images, seen), seen.ids_restore, mask.ids_mask)
+
+    def branch_flops(self, seen: int) -> int:
+        """Analytic FLOPs of the forward pass of a branch that sees this many patches of an image, without head."""
+        return encoder_flops(self.config, seen, 1 + seen) + decoder_flops(self.config, 1 + seen)
