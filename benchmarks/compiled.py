@@ -37,6 +37,9 @@ POINTERS = {
 # Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 SHARED_MEMORY = {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472}
 
+_INSPECTED: dict[tuple, dict] = {}
+"""What was found about machine code: chunks of one operation, and shapes, often share it."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -70,8 +73,11 @@ def record_launches() -> Iterator[list[Launch]]:
         yield launches
 
 
-def compile_launch(launch: Launch, target: GPUTarget) -> triton.compiler.CompiledKernel:
-    """Compile as Triton's launcher would: it specialises on 1, on multiples of 16 and on aligned pointers."""
+def specialise(launch: Launch) -> tuple[dict, dict, dict]:
+    """Signature, constants and attributes for the compiler.
+
+    As Triton's launcher would: it specialises on 1, on multiples of 16 and on aligned pointers.
+    """
     signature = dict.fromkeys(launch.constants, "constexpr")
     constants = dict(launch.constants)
     attributes = {}
@@ -92,7 +98,12 @@ def compile_launch(launch: Launch, target: GPUTarget) -> triton.compiler.Compile
             aligned = value % 16 == 0
         if aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.function, signature, constants, attributes)
+    return signature, constants, attributes
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> triton.compiler.CompiledKernel:
+    """Compile for a GPU that need not be here."""
+    source = ASTSource(launch.function, *specialise(launch))
     return triton.compile(source, target=target, options=dict(launch.options))
 
 
@@ -127,9 +138,12 @@ def inspect_launch(launch: Launch, arch: str) -> dict:
         shared_bytes (per program), load_bits and store_bits (widest global access of a thread), occupancy
         (theoretical, 0..1: warps that fit a multiprocessor over the most that it holds).
     """
-    compiled = compile_launch(launch, TARGETS[arch])
-    facts = _inspect_amdgcn(compiled) if arch.startswith("gfx") else _inspect_cubin(compiled, arch)
-    return {"kernel": launch.name, **facts}
+    key = launch.name, arch, repr((specialise(launch), launch.options))
+    if key not in _INSPECTED:
+        compiled = compile_launch(launch, TARGETS[arch])
+        facts = _inspect_amdgcn(compiled) if arch.startswith("gfx") else _inspect_cubin(compiled, arch)
+        _INSPECTED[key] = {"kernel": launch.name, **facts}
+    return dict(_INSPECTED[key])
 
 
 def _inspect_cubin(compiled: triton.compiler.CompiledKernel, arch: str) -> dict:
