@@ -33,23 +33,21 @@ from fastmim.objectives import build_objective  # noqa: E402
 
 DECODER = "objective.decoder_width=128 objective.decoder_depth=2 objective.decoder_heads=4"
 TOKENS = "target.tokenizer={dvae}"
-SMALL_DVAE = "objective.tokens=512 objective.hidden=16 objective.blocks_per_group=1"
+BATCH, IMAGES = 16, 2460
 
-# Name -> overrides of the quickstart recipe; {dvae} and {mae} are the runs of these names.
+# Name -> overrides of the quickstart recipe (dvae: of dvae_small); {dvae} and {mae} are the runs of these names.
 VARIANTS = {
     "mae": "objective.norm_pix_loss=true",
-    "mae, plain pixels": "",
     "mae, PCA": "target.kind=pca target.components=24 objective.norm_pix_loss=true",
     "mae, mask token in encoder": "objective.mask_token_in_encoder=true objective.norm_pix_loss=true",
     "mae, cross decoder": "objective.decoder=cross objective.kept_mask_ratio=0.25 objective.norm_pix_loss=true",
     "mae, block 50 %": "mask.strategy=block mask.ratio=0.5 objective.norm_pix_loss=true",
-    "mae, grid": "mask.strategy=grid objective.norm_pix_loss=true",
     "simmim": "objective.name=simmim mask.ratio=0.6 mask.unit=2",
     "r_mae": f"objective.name=r_mae {DECODER}",
     "c_mae": f"objective.name=c_mae {DECODER}",
     "cae, pixels": "objective.name=cae mask.ratio=0.5 mask.strategy=block target.kind=pixels "
     "objective.regressor_depth=2 objective.decoder_depth=2",
-    "dvae": f"objective.name=dvae {SMALL_DVAE}",
+    "dvae": "",
     "beit": f"objective.name=beit mask.ratio=0.4 mask.strategy=block {TOKENS}",
     "cae": f"objective.name=cae mask.ratio=0.5 mask.strategy=block {TOKENS} "
     "objective.regressor_depth=2 objective.decoder_depth=2",
@@ -60,13 +58,16 @@ NEEDS = {"beit": "dvae", "cae": "dvae", "cae_v2": "mae"}
 
 
 def train(name: str, overrides: str, folder: Path, steps: int) -> Path:
-    """Train a variant of the quickstart for some steps, in a process of its own; a finished run is kept."""
+    """Train a variant to the end of a schedule of so many steps, in a process of its own; a finished run is kept."""
     run = folder / re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
     words = [
-        *(f"output={run}", "data.source=data/elpv/train", f"train.max_steps={steps}", "log.every_steps=10"),
-        *("log.reconstruct_every_steps=null", "log.tensorboard=false", *overrides.split()),
+        *(f"output={run}", "data.source=data/elpv/train", "log.every_steps=10", "log.tensorboard=false"),
+        *("log.reconstruct_every_steps=null", f"optim.batch_size={BATCH}", f"optim.epochs={steps * BATCH / IMAGES}"),
+        # The recipes' learning rates at another batch.
+        *(f"optim.blr={0.08 if name == 'dvae' else 0.016}", "optim.warmup_epochs=0.1", *overrides.split()),
     ]
-    command = [sys.executable, "launch.py", "--config", "quickstart", *words]
+    recipe = "dvae_small" if name == "dvae" else "quickstart"
+    command = [sys.executable, "launch.py", "--config", recipe, *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{name}: launch.py ended with {done.returncode}\n{done.stdout}\n{done.stderr}")

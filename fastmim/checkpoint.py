@@ -28,6 +28,8 @@ FREE_KEYS = (
     "checkpoint",
     "model.init",  # read when a run starts, and not again
     "data.source",
+    "target.teacher",  # compared by its weights, as the tokenizer is
+    "target.teacher_weights",
     "target.tokenizer",  # its weights are compared
     "data.threads",
     "data.prefetch",

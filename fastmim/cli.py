@@ -5,6 +5,7 @@ import sys
 
 from fastmim import recipes
 from fastmim.errors import ConfigError, FastmimError
+from fastmim.evaluate.config import PROTOCOLS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,6 +85,19 @@ def _parser() -> argparse.ArgumentParser:
     cka.add_argument("--batch", type=int, default=64, help="images that are compared at once (default 64)")
     cka.set_defaults(run=_cka)
 
+    evaluate = commands.add_parser("evaluate", help="measure a frozen encoder on labelled images")
+    evaluate.add_argument("protocol", metavar="PROTOCOL", choices=list(PROTOCOLS), help=", ".join(PROTOCOLS))
+    evaluate.add_argument("--weights", required=True, metavar="RUN", help="a run, checkpoint or weights file")
+    evaluate.add_argument("--data", required=True, metavar="SOURCE", help="training images, like data.source")
+    evaluate.add_argument(
+        "--test", metavar="SOURCE", help="test images (default: a share of each class of --data)"
+    )
+    evaluate.add_argument("--out", required=True, metavar="FOLDER", help="for eval.json and confusion.png")
+    evaluate.add_argument("--ema", action="store_true", help="use the averaged weights")
+    evaluate.add_argument("--force", action="store_true", help="replace what is in FOLDER")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the protocol")
+    evaluate.set_defaults(run=_evaluate)
+
     export = commands.add_parser(
         "export", help="write weights for timm, transformers or facebookresearch/mae"
     )
@@ -162,6 +176,23 @@ def _cka(args: argparse.Namespace) -> None:
         )
     ratios = args.ratios or [0.25, 0.5, 0.75, 0.9]
     print(compare(args.run_a, args.run_b, args.images, args.out, ratios, args.count, args.batch))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from fastmim.evaluate.run import evaluate
+
+    print(
+        evaluate(
+            args.protocol,
+            args.weights,
+            args.data,
+            args.test,
+            args.out,
+            args.overrides,
+            ema=args.ema,
+            force=args.force,
+        )
+    )
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ def _as_list(value: Any) -> Any:
 Positive = Annotated[int, Field(gt=0)]
 HeightWidth = Annotated[tuple[Positive, Positive], BeforeValidator(_as_pair)]
 PerChannel = Annotated[list[float], BeforeValidator(_as_list)]
+Numbers = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(_as_list)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 

@@ -1,10 +1,12 @@
 """The encoder alone, from whatever holds its weights."""
 
+import hashlib
+
 import torch
 
 from fastmim.config import Config
 from fastmim.errors import CheckpointError
-from fastmim.exchange.weights import read_weights
+from fastmim.exchange.weights import Weights, read_weights
 from fastmim.models import Encoder
 from fastmim.models.attention import choose_attention
 from fastmim.models.pixels import PixelScale
@@ -23,6 +25,11 @@ def load_encoder(path: str, ema: bool = False) -> tuple[Encoder, Config]:
         CheckpointError: no encoder there.
     """
     weights = read_weights(path, ema)
+    return encoder_of(weights, path), weights.config
+
+
+def encoder_of(weights: Weights, path: str) -> Encoder:
+    """As `load_encoder`, from weights that were read from `path`."""
     config = weights.config
     tensors = {
         name.removeprefix(PREFIX): value for name, value in weights.tensors.items() if name.startswith(PREFIX)
@@ -37,5 +44,24 @@ def load_encoder(path: str, ema: bool = False) -> tuple[Encoder, Config]:
             f"{path} lacks {len(missing)} tensors of an encoder such as {min(missing)}; "
             f"it was trained with objective.name={config.objective.name!r}"
         )
+    wanted = encoder.state_dict()
+    differing = [
+        name for name, value in tensors.items() if name in wanted and value.shape != wanted[name].shape
+    ]
+    if differing:
+        name = differing[0]
+        raise CheckpointError(
+            f"{path}: {PREFIX}{name} is {list(tensors[name].shape)}; expected {list(wanted[name].shape)}, as its own "
+            "configuration says"
+        )
     encoder.load_state_dict(tensors)
-    return encoder.to(device).eval().requires_grad_(False), config
+    return encoder.to(device).eval().requires_grad_(False)
+
+
+def fingerprint_of(encoder: Encoder) -> str:
+    """SHA-256 of the names and values of an encoder's weights, wherever they lie."""
+    digest = hashlib.sha256()
+    for name, value in sorted(encoder.state_dict().items()):
+        digest.update(f"{name}\0{list(value.shape)}\0".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()

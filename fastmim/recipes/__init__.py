@@ -3,7 +3,7 @@
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -11,6 +11,8 @@ from pydantic import BaseModel, ValidationError
 from fastmim.config import Config
 from fastmim.config_objective import OBJECTIVES
 from fastmim.errors import ConfigError
+
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 def names() -> list[str]:
@@ -70,10 +72,15 @@ def _apply(values: dict[str, Any], overrides: list[str]) -> list[tuple[str, Any]
 
 def build(values: dict[str, Any]) -> Config:
     """Validate a nested mapping; every error of pydantic becomes a line that names key, got and wanted."""
+    return build_as(Config, values)
+
+
+def build_as(schema: type[Schema], values: dict[str, Any]) -> Schema:
+    """Like `build`, for another root than a run's configuration."""
     try:
-        return Config.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(detail) for detail in error.errors())) from None
+        raise ConfigError("; ".join(_explain(detail, schema) for detail in error.errors())) from None
 
 
 def dump(config: Config, sources: dict[str, str] | None = None) -> str:
@@ -157,7 +164,7 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
-def _explain(detail: Any) -> str:
+def _explain(detail: Any, schema: type[BaseModel]) -> str:
     location, got = detail["loc"], detail["input"]
     if detail["type"] == "union_tag_invalid":
         return f"objective.name={got.get('name')!r}; expected one of {', '.join(OBJECTIVES)}"
@@ -167,7 +174,7 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
     if detail["type"] == "extra_forbidden":
-        accepted = _section(location[:-1]).model_fields
+        accepted = _section(location[:-1], schema).model_fields
         close = difflib.get_close_matches(str(location[-1]), accepted, n=1)
         hint = f"did you mean {'.'.join([*map(str, parts[:-1]), close[0]])}? " if close else ""
         return f"{key}={got!r}: unknown key; {hint}expected one of {', '.join(accepted)}"
@@ -175,7 +182,7 @@ def _explain(detail: Any) -> str:
         return f"{key} is not set; {detail['msg'].lower()}"
     if detail["type"].startswith("model_"):
         return f"{key}={got!r}; expected a mapping of keys"
-    wanted = _range_of(location) or detail["msg"].removeprefix("Input should be ")
+    wanted = _range_of(location, schema) or detail["msg"].removeprefix("Input should be ")
     return f"{key}={got!r}; expected {wanted}"
 
 
@@ -188,12 +195,12 @@ _BOUNDS = {
 }
 
 
-def _range_of(location: tuple[Any, ...]) -> str:
+def _range_of(location: tuple[Any, ...], schema: type[BaseModel]) -> str:
     """Kind and every bound of a number, not only the one that was broken; empty for what is no bounded number."""
     if not all(isinstance(part, str) for part in location):
         return ""
-    schema = _section(location[:-1]).model_json_schema()["properties"][location[-1]]
-    variants = [schema, *schema.get("anyOf", [])]
+    known = _section(location[:-1], schema).model_json_schema()["properties"][location[-1]]
+    variants = [known, *known.get("anyOf", [])]
     kinds = [v["type"] for v in variants if v.get("type") in ("integer", "number")]
     bounds = [f"{sign} {v[name]:g}" for v in variants for name, sign in _BOUNDS.items() if name in v]
     if not kinds or not bounds:
@@ -201,10 +208,10 @@ def _range_of(location: tuple[Any, ...]) -> str:
     return f"{'an integer' if kinds[0] == 'integer' else 'a number'} {' and '.join(bounds)}"
 
 
-def _section(location: tuple[Any, ...]) -> type[BaseModel]:
+def _section(location: tuple[Any, ...], schema: type[BaseModel]) -> type[BaseModel]:
     if location[:1] == ("objective",):
         return OBJECTIVES[location[1]]
-    section: type[BaseModel] = Config
+    section = schema
     for part in location:
         annotation = section.model_fields[part].annotation
         candidates = [annotation, *get_args(annotation)]

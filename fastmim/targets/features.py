@@ -70,6 +70,10 @@ class FeatureHead(Head):
         loss, per_row = cosine_align(pred, target)
         return Prediction(loss, per_row[:, self.has_cls :], pred[:, self.has_cls :])
 
+    def frozen(self) -> dict[str, Frozen]:
+        """The teacher, by the key that names it."""
+        return {"target.teacher": self.teacher}
+
     def flops(self, patches: int) -> int:
         """Of the linear over this many patches, and cls where it is compared; the teacher has its own count."""
         return linear_flops(self.has_cls + patches, self.linear.in_features, self.outputs)
