@@ -57,7 +57,9 @@ def case(name: str, **settings) -> Callable:
     return register
 
 
-def build_sampler(inputs: Inputs, fused: Callable, options: tuple, plain: Callable, plain_args: tuple) -> Problem:
+def build_sampler(
+    inputs: Inputs, fused: Callable, options: tuple, plain: Callable, plain_args: tuple
+) -> Problem:
     """Masks of the samples of a batch; the naive ones have no key."""
     batch = inputs.batch
     epochs, positions = (torch.arange(batch, device=inputs.device) for _ in range(2))
@@ -244,7 +246,7 @@ def classifier_floor(inputs: Inputs, rows: int, columns: int, classes: int) -> d
     }
 
 
-@case("masked_cross_entropy", counted_batch=2, scales=False)
+@case("masked_cross_entropy", counted_batch=16, scales=False)
 def build_masked_cross_entropy(inputs: Inputs) -> Problem:
     """A linear classifier of removed patches."""
     rows, width, classes = inputs.batch * inputs.shape.removed, inputs.shape.width, inputs.shape.classes
@@ -255,7 +257,7 @@ def build_masked_cross_entropy(inputs: Inputs) -> Problem:
     return Problem(masked_cross_entropy, arguments, naive.linear_cross_entropy, arguments, floor)
 
 
-@case("info_nce", counted_batch=4, scales=False)
+@case("info_nce", counted_batch=16, scales=False)
 def build_info_nce(inputs: Inputs) -> Problem:
     """Each removed patch against those of the whole batch."""
     rows, width = inputs.batch * inputs.shape.removed, inputs.shape.decoder_width

@@ -84,9 +84,7 @@ def keep_lowest(words, index, valid, keep, INDEX_BITS: tl.constexpr):
 
 
 @kernel
-def store_masks(
-    kept, patch, sample, PATCHES: tl.constexpr, keep, ids_keep, ids_mask, ids_restore, mask
-):
+def store_masks(kept, patch, sample, PATCHES: tl.constexpr, keep, ids_keep, ids_mask, ids_restore, mask):
     """Write one sample's outputs; `kept` is false in the lanes past the last patch."""
     valid = patch < PATCHES
     kept_before = tl.cumsum(kept.to(tl.int32), axis=0) - kept.to(tl.int32)

@@ -15,8 +15,8 @@ from . import _dispatch
 from ._dispatch import kernel
 from .scale_gradient import scale_gradient
 
-CHUNK_ELEMENTS = 2**23
-"""Most logits of a chunk of more than 128 rows: 16 MiB in bfloat16, which the L2 cache of an A100 or H100 holds.
+CHUNK_ELEMENTS = 2**24
+"""Most logits of a chunk of more than 128 rows: 32 MiB in bfloat16, which the L2 cache of an A100 or H100 holds.
 Fewer would have the weight read, and its gradient's sum read and written, for more chunks."""
 
 CHUNK_ROWS = 1024

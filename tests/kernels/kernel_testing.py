@@ -4,6 +4,14 @@ import torch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INDEX_DTYPES = [torch.int64, torch.int32]
+# batch, patches, kept, width, dtype: sequences and widths of real models, one kept and all but one
+LONG = [
+    (1, 49, 48, 1280, torch.bfloat16),
+    (2, 196, 1, 768, torch.float16),
+    (1, 197, 196, 96, torch.float32),
+    (1, 1023, 1022, 1, torch.bfloat16),
+    (1, 1023, 1, 96, torch.float32),
+]
 MEAN, STD = [0.485, 0.456, 0.406, 0.5], [0.229, 0.224, 0.225, 0.25]
 
 

@@ -5,7 +5,7 @@ from fastmim.kernels import add_layer_norm, add_layer_norm_reference
 from tests.kernels.kernel_testing import DTYPES, assert_error_budget, rounding_factor
 
 # one row and one column; rows that no program's share divides; widths on both sides of a power of two
-SHAPES = [(1, 1), (1, 1, 96), (37, 96), (2, 65, 7), (3, 5, 768), (5, 1280), (2, 4096)]
+SHAPES = [(1, 1), (1, 1, 96), (1023, 8), (37, 96), (2, 65, 7), (3, 5, 768), (5, 1280), (2, 4096)]
 NAMES = ("x", "branch", "weight", "bias")
 
 

@@ -10,7 +10,7 @@ plain_align = functools.partial(mse_align, normalise=False)
 plain_align_reference = functools.partial(mse_align_reference, normalise=False)
 
 # 2-D and 3-D, widths on both sides of a power of two, more rows than a program takes
-SHAPES = [(1, 1), (37, 96), (2, 5, 7), (197, 3), (3, 4, 768), (5, 1280)]
+SHAPES = [(1, 1), (37, 96), (2, 5, 7), (197, 3), (3, 4, 768), (5, 1280), (1, 1023, 8), (196, 49)]
 
 
 def exact_mse(x, target):

@@ -7,7 +7,7 @@ from fastmim.kernels import bias_gelu, bias_gelu_reference
 from tests.kernels.kernel_testing import DTYPES, assert_error_budget, rounding_factor
 
 # one row and one column; rows that no program's share divides; widths that no tile's divides
-SHAPES = [(1, 1), (1, 1, 96), (37, 96), (2, 65, 7), (3, 5, 768), (5, 1280)]
+SHAPES = [(1, 1), (1, 1, 96), (1023, 8), (37, 96), (2, 65, 7), (3, 5, 768), (5, 1280)]
 
 
 def setup(*shape, dtype=torch.float32):

@@ -2,7 +2,14 @@ import pytest
 import torch
 from fastmim.kernels import embed_tokens, embed_tokens_reference
 
-from tests.kernels.kernel_testing import DTYPES, INDEX_DTYPES, assert_error_budget, rounding_factor, split_ids
+from tests.kernels.kernel_testing import (
+    DTYPES,
+    INDEX_DTYPES,
+    LONG,
+    assert_error_budget,
+    rounding_factor,
+    split_ids,
+)
 
 # batch, patches, kept, width; a tile holds 32 samples and 256 columns, a forward program 64 samples
 SHAPES = [
@@ -42,8 +49,10 @@ def gradients(function, arguments, grad, dtype):
     return out.detach(), torch.autograd.grad(out, inputs, grad.to(dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [(shape, dtype) for shape in SHAPES for dtype in DTYPES] + [(shape[:4], shape[4]) for shape in LONG],
+)
 def test_output_and_gradients(backend, unwritten_shows, shape, dtype):
     arguments = setup(*shape, dtype)
     grad = torch.randn(shape[0], 1 + shape[2], shape[3]).to(dtype)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from fastmim.kernels import gather_tokens, gather_tokens_reference
 
-from tests.kernels.kernel_testing import DTYPES, INDEX_DTYPES, split_ids
+from tests.kernels.kernel_testing import DTYPES, INDEX_DTYPES, LONG, split_ids
 
 SHAPES = [(1, 1, 1, 1), (2, 5, 3, 7), (3, 17, 4, 64), (2, 10, 10, 300), (2, 70, 66, 16)]
 
@@ -33,6 +33,17 @@ def test_rows_and_gradient_are_moved_unchanged(
     ids, _, _ = split_ids(batch, tokens, kept, ids_dtype)
     out = gather_tokens(x, ids)
     assert out.dtype == dtype
+    assert torch.equal(out, exact_gather(x, ids))
+    grad = torch.randn(out.shape).to(dtype)
+    out.backward(grad)
+    assert torch.equal(x.grad, exact_scatter(grad, ids, tokens))
+
+
+@pytest.mark.parametrize(("batch", "tokens", "kept", "width", "dtype"), LONG)
+def test_long_sequences(backend, unwritten_shows, batch, tokens, kept, width, dtype):
+    x = torch.randn(batch, tokens, width).to(dtype).requires_grad_()
+    ids, _, _ = split_ids(batch, tokens, kept)
+    out = gather_tokens(x, ids)
     assert torch.equal(out, exact_gather(x, ids))
     grad = torch.randn(out.shape).to(dtype)
     out.backward(grad)

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,15 @@ from tests.kernels.test_masked_cross_entropy import gradient_floor
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
 # queries, keys, columns; 300 queries are three chunks, 8195 keys are two blocks of a row
-SHAPES = [(1, 1, 1), (1, 7, 96), (37, 37, 96), (197, 394, 768), (300, 300, 32), (2, 8195, 16)]
+SHAPES = [
+    (1, 1, 1),
+    (1, 7, 96),
+    (37, 37, 96),
+    (197, 394, 768),
+    (300, 300, 32),
+    (2, 8195, 16),
+    (49, 196, 1280),
+]
 TEMPERATURE = 0.2
 
 
@@ -38,8 +48,9 @@ def run(function, arguments, dtype, scale=1.0, temperature=TEMPERATURE):
     return loss.detach(), per_row.detach(), *torch.autograd.grad(loss * scale, inputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [*itertools.product(SHAPES, DTYPES), ((1023, 3, 8), torch.bfloat16)]
+)
 def test_loss_and_gradients(backend, unwritten_shows, shape, dtype):
     arguments = setup(*shape, dtype)
     # The scale plays the part of fp16 loss scaling and keeps small gradients out of float16's subnormals.

@@ -30,10 +30,10 @@ def test_masks_are_those_of_the_definition(backend, unwritten_shows, grid, dtype
 
 
 def test_every_phase_comes_equally_often():
-    positions = torch.arange(4000)
+    positions = torch.arange(20_000)
     *_, mask = sample_grid_mask_reference(1, positions // 9, positions, (2, 2), random_phase=True)
     kept = (~mask).sum(0)
-    assert ((kept - 1000) ** 2 / 1000).sum() < chi2.ppf(0.9999, 3)
+    assert ((kept - 5000) ** 2 / 5000).sum() < chi2.ppf(0.9999, 3)
 
 
 def test_a_mask_does_not_depend_on_its_batch(backend):

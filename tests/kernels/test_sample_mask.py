@@ -133,6 +133,17 @@ def test_every_patch_is_kept_equally_often():
     assert chi2.ppf(0.0001, patches - 1) < statistic < chi2.ppf(0.9999, patches - 1)
 
 
+def test_every_unit_is_kept_equally_often():
+    samples, units, keep = 20_000, 16, 4
+    positions = torch.arange(samples)
+    arguments = (4, positions // 7, positions, 4 * units, 4 * keep, 2, (8, 8))
+    *_, mask = sample_random_mask_reference(*arguments)
+    kept = (~mask).view(samples, 8, 8)[:, ::2, ::2].sum(0)
+    expected = samples * keep / units
+    statistic = (((kept - expected) ** 2) / expected).sum().item() * (units - 1) / (units - keep)
+    assert chi2.ppf(0.0001, units - 1) < statistic < chi2.ppf(0.9999, units - 1)
+
+
 # The backend is set once for all examples, and no example changes it.
 SAME_BACKEND = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from fastmim.kernels import gather_tokens, scatter_tokens, scatter_tokens_reference
 
-from tests.kernels.kernel_testing import DTYPES, INDEX_DTYPES, split_ids
+from tests.kernels.kernel_testing import DTYPES, INDEX_DTYPES, LONG, split_ids
 
 # batch, tokens, kept, width
 SHAPES = [(1, 1, 1, 1), (2, 5, 3, 7), (3, 17, 4, 64), (2, 10, 10, 300), (2, 70, 66, 16)]
@@ -30,6 +30,13 @@ def test_rows_and_gradient_are_moved_unchanged(
     grad = torch.randn(out.shape).to(dtype)
     out.backward(grad)
     assert torch.equal(x.grad, grad[torch.arange(batch)[:, None], ids.long()])
+
+
+@pytest.mark.parametrize(("batch", "tokens", "kept", "width", "dtype"), LONG)
+def test_long_sequences(backend, unwritten_shows, batch, tokens, kept, width, dtype):
+    x = torch.randn(batch, kept, width).to(dtype)
+    ids, _, _ = split_ids(batch, tokens, kept)
+    assert torch.equal(scatter_tokens(x, ids, tokens), exact_scatter(x, ids, tokens))
 
 
 @pytest.mark.parametrize("offset", [0, 1, 3])

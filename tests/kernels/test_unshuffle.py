@@ -2,7 +2,14 @@ import pytest
 import torch
 from fastmim.kernels import unshuffle, unshuffle_reference
 
-from tests.kernels.kernel_testing import DTYPES, INDEX_DTYPES, assert_error_budget, rounding_factor, split_ids
+from tests.kernels.kernel_testing import (
+    DTYPES,
+    INDEX_DTYPES,
+    LONG,
+    assert_error_budget,
+    rounding_factor,
+    split_ids,
+)
 
 # batch, patches, kept, width. A tile holds 32 samples, a forward program 64, a backward program 256 rows; a tile
 # holds 256 columns.
@@ -44,8 +51,10 @@ def gradients(function, arguments, grad, dtype):
     return out.detach(), torch.autograd.grad(out, inputs, grad.to(dtype), materialize_grads=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [(shape, dtype) for shape in SHAPES for dtype in DTYPES] + [(shape[:4], shape[4]) for shape in LONG],
+)
 def test_output_and_gradients(backend, unwritten_shows, shape, dtype):
     arguments = setup(*shape, dtype)
     grad = torch.randn(shape[0], 1 + shape[1], shape[3]).to(dtype)
