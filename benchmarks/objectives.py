@@ -62,7 +62,11 @@ def train(name: str, overrides: str, folder: Path, steps: int) -> Path:
     run = folder / re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
     words = [
         *(f"output={run}", "data.source=data/elpv/train", "log.every_steps=10", "log.tensorboard=false"),
-        *("log.reconstruct_every_steps=null", f"optim.batch_size={BATCH}", f"optim.epochs={steps * BATCH / IMAGES}"),
+        *(
+            "log.reconstruct_every_steps=null",
+            f"optim.batch_size={BATCH}",
+            f"optim.epochs={steps * BATCH / IMAGES}",
+        ),
         # The recipes' learning rates at another batch.
         *(f"optim.blr={0.08 if name == 'dvae' else 0.016}", "optim.warmup_epochs=0.1", *overrides.split()),
     ]
