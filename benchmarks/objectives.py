@@ -1,4 +1,4 @@
-"""Every objective on the demo photographs, for equal steps: loss, images/s, memory, and a linear probe.
+"""Every objective on the demo photographs, for equal steps: loss, images/s, and a linear probe.
 
 `python benchmarks/objectives.py` trains each through launch.py and prints a Markdown table; `--docs FOLDER` also
 writes it, between the markers of FOLDER/objectives.md, with a picture of the loss curves.
@@ -105,17 +105,14 @@ def random_encoder(cells: tuple) -> float:
 def table(rows: list[dict], random: float) -> str:
     """Markdown: a line per variant."""
     lines = [
-        "| objective | loss, first 10 steps | loss, last 10 steps | images/s | peak memory | linear probe |",
-        "|---|---|---|---|---|---|",
+        "| objective | loss, first 10 steps | loss, last 10 steps | images/s | linear probe |",
+        "|---|---|---|---|---|",
     ]
     for row in rows:
         first, last = row["losses"][0][1], row["losses"][-1][1]
         probe = "–" if row["probe"] is None else f"{row['probe']:.1%}"
-        memory = f"{row['peak_memory_bytes'] / 2**30:.1f} GiB"
-        lines.append(
-            f"| {row['variant']} | {first:.3f} | {last:.3f} | {row['images_per_s']:.0f} | {memory} | {probe} |"
-        )
-    lines.append(f"| random encoder | – | – | – | – | {random:.1%} |")
+        lines.append(f"| {row['variant']} | {first:.3f} | {last:.3f} | {row['images_per_s']:.0f} | {probe} |")
+    lines.append(f"| random encoder | – | – | – | {random:.1%} |")
     return "\n".join(lines)
 
 
