@@ -21,7 +21,7 @@ if __name__ == "__main__":
 import torch
 from fastmim.kernels import _dispatch
 
-from benchmarks import harness, rows
+from benchmarks import harness, markdown, rows
 from benchmarks.cases import CASES
 from benchmarks.compiled import TARGETS
 from benchmarks.problems import SHAPES, Problem, Shape
@@ -120,9 +120,7 @@ def measure_on_cpu(shape: Shape, dtypes: list[str], rounds: int) -> list[dict]:
 
 def print_table(title: str, header: list[str], lines: list[list]) -> None:
     """Print a Markdown table."""
-    print(f"\n{title}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
-    for line in lines:
-        print(f"| {' | '.join(str(cell) for cell in line)} |")
+    print(f"\n{title}\n\n{markdown.table(header, lines)}")
 
 
 def print_static(table: list[dict]) -> None:

@@ -24,10 +24,12 @@ import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.harness import describe_machine  # noqa: E402
-from benchmarks.probe import encode, labelled_cells, probe_accuracy  # noqa: E402
+from benchmarks.markdown import fill, table  # noqa: E402
+from benchmarks.probe import labelled_cells, probe  # noqa: E402
 from fastmim import recipes  # noqa: E402
 from fastmim.data.demo import prepare_elpv  # noqa: E402
 from fastmim.evaluate.encoder import load_encoder  # noqa: E402
+from fastmim.evaluate.labels import LabelledImages  # noqa: E402
 from fastmim.metrics import read_records  # noqa: E402
 from fastmim.objectives import build_objective  # noqa: E402
 
@@ -78,7 +80,7 @@ def train(name: str, overrides: str, folder: Path, steps: int) -> Path:
     return run
 
 
-def measure(name: str, run: Path, cells: tuple | None) -> dict:
+def measure(name: str, run: Path, cells: list[LabelledImages] | None) -> dict:
     """What a run says of itself, and what its encoder is worth."""
     records = read_records(run / "metrics.jsonl")
     row = {
@@ -90,30 +92,28 @@ def measure(name: str, run: Path, cells: tuple | None) -> dict:
         "probe": None,
     }
     if cells is not None:
-        images, labels = cells
-        row["probe"] = probe_accuracy(encode(load_encoder(str(run))[0], images), labels)
+        row["probe"] = probe(*load_encoder(str(run)), cells)
     return row
 
 
-def random_encoder(cells: tuple) -> float:
+def random_encoder(cells: list[LabelledImages]) -> float:
     """The probe of the same network before training."""
-    images, labels = cells
     torch.manual_seed(0)
-    return probe_accuracy(encode(build_objective(recipes.load("quickstart")).encoder, images), labels)
+    config = recipes.load("quickstart")
+    return probe(build_objective(config).encoder.eval(), config, cells)
 
 
-def table(rows: list[dict], random: float) -> str:
+def summarise(rows: list[dict], random: float) -> str:
     """Markdown: a line per variant."""
-    lines = [
-        "| objective | loss, first 10 steps | loss, last 10 steps | images/s | linear probe |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     for row in rows:
         first, last = row["losses"][0][1], row["losses"][-1][1]
-        probe = "–" if row["probe"] is None else f"{row['probe']:.1%}"
-        lines.append(f"| {row['variant']} | {first:.3f} | {last:.3f} | {row['images_per_s']:.0f} | {probe} |")
-    lines.append(f"| random encoder | – | – | – | {random:.1%} |")
-    return "\n".join(lines)
+        accuracy = "–" if row["probe"] is None else f"{row['probe']:.1%}"
+        lines.append([row["variant"], f"{first:.3f}", f"{last:.3f}", f"{row['images_per_s']:.0f}", accuracy])
+    lines.append(["random encoder", "–", "–", "–", f"{random:.1%}"])
+    return table(
+        ["objective", "loss, first 10 steps", "loss, last 10 steps", "images/s", "linear probe"], lines
+    )
 
 
 def draw(path: Path, rows: list[dict]) -> None:
@@ -136,14 +136,6 @@ def draw(path: Path, rows: list[dict]) -> None:
     plt.close(figure)
 
 
-def put_between_markers(path: Path, text: str) -> None:
-    """Replace what stands between the table's markers in a Markdown file."""
-    page = path.read_text()
-    start, end = "<!-- table -->", "<!-- end of table -->"
-    before, after = page.split(start)[0], page.split(end)[1]
-    path.write_text(f"{before}{start}\n{text}\n{end}{after}")
-
-
 def main() -> None:
     """Train, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -158,8 +150,7 @@ def main() -> None:
     os.chdir(ROOT)
     prepare_elpv(Path("data/elpv"))
     config = recipes.load("quickstart")
-    parts = [labelled_cells(config, Path("data/elpv") / part) for part in ("train", "heldout")]
-    cells = tuple(torch.cat(both) for both in zip(*parts, strict=True))
+    cells = labelled_cells(config, [Path("data/elpv") / part for part in ("train", "heldout")])
     runs: dict[str, Path] = {}
     rows = []
     wanted = {*args.only, *(NEEDS[name] for name in args.only if name in NEEDS)}
@@ -170,14 +161,15 @@ def main() -> None:
         runs[name] = train(name, overrides.format(**runs), args.runs, args.steps)
         rows.append(measure(name, runs[name], None if name == "dvae" else cells))
     random = random_encoder(cells)
-    text = table(rows, random)
+    text = summarise(rows, random)
     print(text)
     if args.json:
         machine = describe_machine("cpu")
         args.json.write_text(json.dumps({"machine": machine, "random_probe": random, "rows": rows}, indent=1))
     if args.docs:
         draw(args.docs / "objectives.png", rows)
-        put_between_markers(args.docs / "objectives.md", text)
+        page = args.docs / "objectives.md"
+        page.write_text(fill(page.read_text(), {"objectives": text}))
 
 
 if __name__ == "__main__":

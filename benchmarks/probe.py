@@ -3,43 +3,49 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastmim.config import Config
 from fastmim.data.index import build_index
-from fastmim.data.loader import load_images
+from fastmim.evaluate.config import KnnConfig
+from fastmim.evaluate.features import FeatureExtractor
+from fastmim.evaluate.labels import LabelledImages
 from fastmim.evaluate.logistic import fit_logistic
-from fastmim.masking import mask_from_order
 from fastmim.models import Encoder
 
 FOLDS = 5
 
 
-def labelled_cells(config: Config, source: Path) -> tuple[Tensor, Tensor]:
-    """The photographs of a folder of the demo set, and whether an expert called each cell defective.
+def labelled_cells(config: Config, folders: list[Path]) -> list[LabelledImages]:
+    """The photographs of the demo set's folders, and whether an expert called each cell defective.
 
-    Returns:
-        uint8 [n, H, W, C] and bool [n]; a probability of a defect above one half is a defect.
+    A probability of a defect above one half is a defect.
     """
-    labels = Path(find_spec("elpv_dataset").origin).parent / "data" / "labels.csv"
-    with labels.open() as file:
-        rows = [line.split() for line in file]
+    path = Path(find_spec("elpv_dataset").origin).parent / "data" / "labels.csv"
+    rows = [line.split() for line in path.read_text().splitlines()]
     defective = {Path(name).name: float(probability) > 0.5 for name, probability, _ in rows}
-    index = build_index(str(source), config.data, progress=False)
-    names = [Path(index.name(i)).name for i in range(len(index))]
-    return load_images(index, config.data, len(index)), torch.tensor([defective[name] for name in names])
+    parts = []
+    for folder in folders:
+        index = build_index(str(folder), config.data, progress=False)
+        labels = [defective[Path(index.name(i)).name] for i in range(len(index))]
+        parts.append(
+            LabelledImages(index, np.arange(len(index)), np.array(labels, np.int64), ("whole", "defective"))
+        )
+    return parts
 
 
-@torch.no_grad()
-def encode(encoder: Encoder, images: Tensor, batch: int = 64) -> Tensor:
+def encode(encoder: Encoder, config: Config, parts: list[LabelledImages]) -> Tensor:
     """Mean of the patch features of whole images, float32 [n, width]."""
-    patches = encoder.pos_embed.shape[1] - 1
-    features = []
-    for part in images.split(batch):
-        x = encoder(part, mask_from_order(torch.arange(patches).expand(len(part), -1), patches))
-        features.append(x[:, 1:].float().mean(1))
-    return torch.cat(features)
+    extractor = FeatureExtractor(encoder, config, KnnConfig(pool="mean", center=1.0))
+    return torch.cat([extractor.centre(part) for part in parts])
+
+
+def probe(encoder: Encoder, config: Config, parts: list[LabelledImages]) -> float:
+    """`probe_accuracy` of an encoder on all photographs together."""
+    labels = np.concatenate([part.labels for part in parts])
+    return probe_accuracy(encode(encoder, config, parts), torch.from_numpy(labels).bool())
 
 
 def probe_accuracy(features: Tensor, labels: Tensor, l2: float = 1e-2) -> float:

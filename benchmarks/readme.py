@@ -6,7 +6,6 @@ python benchmarks/readme.py rows.json
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.logits import Logits
+from benchmarks.markdown import fill, table
 from benchmarks.problems import SHAPES
 from benchmarks.rows import BANDWIDTH
 
@@ -23,12 +23,6 @@ HEADER = [
     *("shape", "pass", "launches", "registers", "spills", "shared B", "occupancy", "load / store bits"),
     *("MB", "× floor", "eager × floor", "eager launches", "µs on " + " / ".join(BANDWIDTH)),
 ]
-
-
-def table(header: list[str], lines: list[list]) -> str:
-    """Return a Markdown table."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
 def kernel_table(rows: list[dict], kernel: str) -> str:
@@ -87,24 +81,17 @@ def logits_table() -> str:
     return table(header, lines)
 
 
-def fill(text: str, rows: list[dict]) -> str:
-    """Replace what stands between each `<!-- table: NAME -->` and its `<!-- end -->`.
+def tables(rows: list[dict]) -> dict[str, str]:
+    """The table of each kernel that has rows, and that of the losses over logits.
 
     Raises:
-        ValueError: rows of more than one dtype (int64 aside) or architecture, or no rows for a table.
+        ValueError: rows of more than one dtype (int64 aside) or architecture.
     """
     for key in ("dtype", "arch"):
         if len(kinds := {row[key] for row in rows} - {"int64"}) != 1:
             raise ValueError(f"rows have {key} {', '.join(sorted(kinds))}; wanted one")
-
-    def replace(match: re.Match) -> str:
-        name = match[1]
-        if name != "logits" and not any(row["kernel"] == name for row in rows):
-            raise ValueError(f"no rows of {name}; wanted some, for the README's table of it")
-        body = logits_table() if name == "logits" else kernel_table(rows, name)
-        return f"<!-- table: {name} -->\n{body}\n<!-- end -->"
-
-    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
+    kernels = dict.fromkeys(row["kernel"] for row in rows)
+    return {"logits": logits_table()} | {kernel: kernel_table(rows, kernel) for kernel in kernels}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -114,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("rows", type=Path, help="what `kernels.py --static --json` stored")
     args = parser.parse_args(arguments)
-    README.write_text(fill(README.read_text(), json.loads(args.rows.read_text())["rows"]))
+    README.write_text(fill(README.read_text(), tables(json.loads(args.rows.read_text())["rows"])))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Linear CKA between layers: of one encoder under masks, and of two encoders.
 
 A score of 1 means that two layers hold the same features of images up to rotation and scale. Features of an image are
-the means over its tokens; images are compared in batches, so memory does not grow with their number.
+the means over its tokens; images are read and compared in batches, so memory does not grow with their number.
 """
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -12,12 +13,13 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastmim.data.index import build_index
-from fastmim.data.loader import load_images
 from fastmim.errors import ConfigError
+from fastmim.evaluate.batches import centre_plan, decode
 from fastmim.evaluate.encoder import load_encoder
 from fastmim.masking import Mask, mask_from_order, sample_random_mask
 
@@ -96,9 +98,16 @@ def compare(
     if batch < MIN_BATCH:
         raise ConfigError(f"--batch {batch}: expected at least {MIN_BATCH}")
     sides = [_Side(path, images, count) for path in (run, other) if path is not None]
-    found = min(len(sides[0].images), count)
+    found = sides[0].count
     if found < MIN_BATCH:
-        raise ConfigError(f"{images} holds {found} images; expected at least {MIN_BATCH}")
+        raise ConfigError(f"{found} images of {images} to compare; expected at least {MIN_BATCH}")
+    if len({side.index.fingerprint for side in sides}) > 1:
+        raise ConfigError(
+            f"{images} holds {len(sides[0].index)} images for {run} and {len(sides[1].index)} for {other}; expected "
+            "the same ones: their data.channels or limits differ"
+        )
+    for ratio in ratios if other is None else ():
+        sides[0].keep(ratio)
     if other is not None:
         scores = _between_runs(*sides, batch)
         columns = [f"layer {layer + 1}" for layer in range(scores.shape[1])]
@@ -122,56 +131,66 @@ class _Side:
 
     def __init__(self, path: str, images: str, count: int):
         self.encoder, config = load_encoder(path)
-        self.depth, self.patches = config.model.depth, config.grid[0] * config.grid[1]
-        index = build_index(images, config.data, progress=False, option="--images")
-        self.images = load_images(index, config.data, count)
+        self.depth, self.patches, self._data = (
+            config.model.depth,
+            config.grid[0] * config.grid[1],
+            config.data,
+        )
+        self.index = build_index(images, config.data, progress=False, option="--images")
+        self.count = min(count, len(self.index))
 
-    def whole(self, first: int, batch: int) -> list[Tensor]:
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """The first images, uint8 [size, H, W, C]; a last batch that is too small to compare is left out."""
+        plan = centre_plan(self.index, np.arange(self.count), self._data, side=1.0)
+        device = self.encoder.cls_token.device
+        for images in decode(self.index, self._data, plan, size, device):
+            if len(images) >= MIN_BATCH:
+                yield images
+
+    def whole(self, images: Tensor) -> list[Tensor]:
         """Features of whole images by each layer."""
-        images = self.images[first : first + batch]
-        everything = torch.arange(self.patches).expand(len(images), -1)
+        everything = torch.arange(self.patches, device=images.device).expand(len(images), -1)
         return self._features(images, mask_from_order(everything, self.patches))
 
-    def masked(self, first: int, batch: int, ratio: float) -> list[Tensor]:
-        """Features of the same images under random masks."""
-        images, patches = self.images[first : first + batch], self.patches
-        keep = int(patches * (1 - ratio))
-        if not 0 < keep < patches:
-            raise ConfigError(
-                f"--ratios {ratio:g}: keeps {keep} of {patches} patches; expected some and not all"
-            )
-        places = torch.arange(first, first + len(images))
-        return self._features(images, sample_random_mask(0, torch.zeros_like(places), places, patches, keep))
-
-    @torch.inference_mode()
-    def _features(self, images: Tensor, mask: Mask) -> list[Tensor]:
-        device = self.encoder.cls_token.device
-        mask = Mask(
-            *(getattr(mask, name).to(device) for name in ("ids_keep", "ids_mask", "ids_restore", "mask"))
+    def masked(self, images: Tensor, first: int, ratio: float) -> list[Tensor]:
+        """Features of the same images under random masks; `first` is the place of the first image."""
+        places = torch.arange(first, first + len(images), device=images.device)
+        keep = self.keep(ratio)
+        return self._features(
+            images, sample_random_mask(0, torch.zeros_like(places), places, self.patches, keep)
         )
-        layers = self.encoder(images.to(device), mask, every_layer=True)
+
+    def keep(self, ratio: float) -> int:
+        """Patches that a ratio leaves; ConfigError where that is none or all."""
+        keep = int(self.patches * (1 - ratio))
+        if not 0 < keep < self.patches:
+            raise ConfigError(
+                f"--ratios {ratio:g}: keeps {keep} of {self.patches} patches; expected at least 1 kept and 1 removed"
+            )
+        return keep
+
+    @torch.no_grad()
+    def _features(self, images: Tensor, mask: Mask) -> list[Tensor]:
+        layers = self.encoder(images, mask, every_layer=True)
         return [layer[:, 1:].float().mean(1).cpu() for layer in layers[1:]]
-
-
-def _starts(images: int, batch: int) -> range:
-    """First images of the batches; a last one that is too small to compare is left out."""
-    return range(0, images - MIN_BATCH + 1, batch)
 
 
 def _between_runs(left: _Side, right: _Side, batch: int) -> Tensor:
     cka = MinibatchCKA(left.depth, right.depth)
-    for first in _starts(len(left.images), batch):
-        cka.add(left.whole(first, batch), right.whole(first, batch))
+    for ours, theirs in zip(left.batches(batch), right.batches(batch), strict=True):
+        cka.add(left.whole(ours), right.whole(theirs))
     return cka.scores()
 
 
 def _under_masks(side: _Side, ratios: list[float], batch: int) -> Tensor:
     pairs = [[MinibatchCKA(1, 1) for _ in ratios] for _ in range(side.depth)]
-    for first in _starts(len(side.images), batch):
-        whole = side.whole(first, batch)
+    first = 0
+    for images in side.batches(batch):
+        whole = side.whole(images)
         for column, ratio in enumerate(ratios):
-            for layer, features in enumerate(side.masked(first, batch, ratio)):
+            for layer, features in enumerate(side.masked(images, first, ratio)):
                 pairs[layer][column].add([features], [whole[layer]])
+        first += len(images)
     return torch.stack([torch.cat([pair.scores().flatten() for pair in row]) for row in pairs])
 
 

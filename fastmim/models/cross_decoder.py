@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastmim.config import Config
 from fastmim.kernels import gather_tokens
-from fastmim.models.blocks import MLP, AddLayerNorm, LayerNorm, init_weights
+from fastmim.models.blocks import MLP, AddLayerNorm, LayerNorm, compile_each, init_weights
 from fastmim.models.cross_attention import CrossAttention
 from fastmim.models.position import sincos_positions
 
@@ -43,8 +43,7 @@ class CrossDecoder(nn.Module):
 
     def compile_layers(self) -> None:
         """Compile each block; equal blocks share one compiled graph."""
-        for layer in self.layers:
-            layer.compile()
+        compile_each(self.layers)
 
     def forward(self, layers: list[Tensor], ids: Tensor) -> Tensor:
         """Features of patches, for a head.

@@ -1,5 +1,6 @@
 """What every objective has: an encoder, masks, pixel statistics; and what the trainer asks of it."""
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -29,7 +30,7 @@ class Images(Protocol):
     positions: Tensor
 
 
-class Trainable(nn.Module):
+class Trainable(nn.Module, ABC):
     """Maps a batch to losses: what the trainer asks of whatever it trains.
 
     Attributes:
@@ -45,9 +46,9 @@ class Trainable(nn.Module):
         super().__init__()
         self.head: Head | None = None
 
+    @abstractmethod
     def forward(self, batch: Images) -> dict[str, Tensor]:
         """The losses of a batch: float32 scalars, "loss" is what is minimised, others are told beside it."""
-        raise NotImplementedError
 
     def images_to_prepare(self) -> int:
         """How many images `prepare` wants; 0 skips it."""
@@ -66,9 +67,9 @@ class Trainable(nn.Module):
         frozen = self.head.frozen() if self.head is not None else {}
         return {key: network.fingerprint() for key, network in frozen.items()}
 
+    @abstractmethod
     def step_flops(self) -> int:
         """Analytic FLOPs of forward and backward of one image."""
-        raise NotImplementedError
 
     def compile_blocks(self) -> None:
         """`torch.compile` each transformer block."""
@@ -76,9 +77,9 @@ class Trainable(nn.Module):
             if isinstance(module, Blocks | CrossDecoder | Regressor):
                 module.compile_layers()
 
+    @abstractmethod
     def sample_mask(self, epochs: Tensor, positions: Tensor) -> Mask:
         """The masks of samples at these epochs and positions, int64 [B] each."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Mask) -> Tensor:
@@ -113,9 +114,9 @@ class Objective(Trainable):
         self.scale = PixelScale(config.data.mean, config.data.std)
         self.encoder = Encoder(config, self.scale, attention, mask_token_in_encoder)
 
+    @abstractmethod
     def forward_flops(self) -> int:
         """Analytic FLOPs of the forward pass of one image."""
-        raise NotImplementedError
 
     def step_flops(self) -> int:
         """Analytic FLOPs of forward and backward of one image.

@@ -1,5 +1,6 @@
 """What heads have in common."""
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class Prediction(NamedTuple):
     pred: Tensor | None
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """A linear to what is predicted, and its loss.
 
     `forward(x, images, ids)` takes features [B, M, width] of the patches `ids`, int64 [B, M], of uint8 images
@@ -51,6 +52,6 @@ class Head(nn.Module):
         """Networks that are used and never trained, by the configuration's key that names their weights."""
         return {}
 
+    @abstractmethod
     def flops(self, patches: int) -> int:
         """Analytic FLOPs of the linear's forward pass over this many patches."""
-        raise NotImplementedError

@@ -9,7 +9,7 @@ import torch
 from fastmim.kernels import _dispatch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from benchmarks import readme
+from benchmarks import markdown, readme
 from benchmarks.cases import CASES
 from benchmarks.problems import SHAPES
 
@@ -64,7 +64,7 @@ def test_every_kernel_has_a_table_of_every_shape():
     assert tables.pop("logits") == readme.logits_table()
     for kernel, lines in tables.items():
         header, _, *rows = lines.splitlines()
-        assert header == readme.table(readme.HEADER, []).splitlines()[0]
+        assert header == markdown.table(readme.HEADER, []).splitlines()[0]
         assert {row.split(" batch ")[0].removeprefix("| ") for row in rows} == set(SHAPES), kernel
 
 
@@ -81,12 +81,13 @@ def row(kernel="gather_tokens", **changes):
 
 def test_tables_are_filled_between_their_markers():
     text = "a\n<!-- table: gather_tokens -->\nold\n<!-- end -->\nb"
-    filled = readme.fill(text, [row(), row("unshuffle")])
+    tables = readme.tables([row(), row("unshuffle")])
+    filled = markdown.fill(text, tables)
     assert filled.startswith("a\n<!-- table: gather_tokens -->\n| shape") and filled.endswith(
         "<!-- end -->\nb"
     )
     assert "| 1.1 | 1.100 | 3.0 | 1 | 3.0 / 2.0 / 1.0 |" in filled and "old" not in filled
-    assert readme.fill(filled, [row(), row("unshuffle")]) == filled
+    assert markdown.fill(filled, tables) == filled
 
 
 @pytest.mark.parametrize(
@@ -99,4 +100,4 @@ def test_tables_are_filled_between_their_markers():
 )
 def test_rows_that_do_not_fit_are_refused(rows, message):
     with pytest.raises(ValueError, match=message):
-        readme.fill("<!-- table: gather_tokens -->\n<!-- end -->", rows)
+        markdown.fill("<!-- table: gather_tokens -->\n<!-- end -->", readme.tables(rows))
