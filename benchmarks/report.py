@@ -1,0 +1,162 @@
+"""What every timing script shares besides the clock: the keys of a row, the same-answer check, and where results go."""
+
+import argparse
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastmim.provenance import source_commit
+from fastmim.window import peak_memory_bytes
+
+from benchmarks import harness, markdown
+
+RESULTS = Path(__file__).parent / "results"
+"""Where the rows that `README.md` shows are kept."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every script has."""
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="where to store the rows (always: results/)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the rows")
+    parser.add_argument("--no-results", action="store_true", help="leave benchmarks/results/ as it is")
+
+
+def timed_row(
+    variant: str,
+    size: str,
+    dtype: str,
+    samples: list[float],
+    *,
+    baseline: list[float],
+    images: int,
+    flops: float,
+    baseline_flops: float,
+    peak_flops: float,
+    peak_memory: int | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """A row of one contender.
+
+    Args:
+        variant: the contender.
+        size: of the model.
+        dtype: that its products are computed in.
+        samples: seconds, one a round.
+        baseline: those of the contender that it is compared with, in the same rounds.
+        images: in a sample.
+        flops: of a sample, forward and backward, analytic.
+        baseline_flops: likewise of the baseline.
+        peak_flops: FLOP/s of a large product in `dtype`, measured in the same run.
+        peak_memory: bytes; None where a process of its own did not measure it.
+        more: further keys.
+
+    Returns:
+        `ratio` is how many times faster than the baseline (median over rounds), `flop_ratio` how many times fewer
+        operations, and `efficiency` the one over the other.
+    """
+    times = harness.summarise(samples)
+    seconds = {key.replace("_us", "_s"): value / 1e6 for key, value in times.items()}
+    ratio, flop_ratio = harness.ratio(baseline, samples), baseline_flops / flops
+    return {
+        "variant": variant,
+        "size": size,
+        "dtype": dtype,
+        **seconds,
+        "images_per_s": images / seconds["median_s"],
+        "flops": flops,
+        "mfu": flops / seconds["median_s"] / peak_flops,
+        "peak_memory_bytes": peak_memory,
+        "ratio": ratio,
+        "flop_ratio": flop_ratio,
+        "efficiency": ratio / flop_ratio,
+        "samples": samples,
+        **more,
+    }
+
+
+def require_same(losses: dict[str, float], tolerance: float) -> None:
+    """Refuse to compare what does not compute the same thing.
+
+    Args:
+        losses: contender -> loss, of the same weights, images and masks.
+        tolerance: largest difference from the first, relative to it.
+    """
+    (first, wanted), *others = losses.items()
+    for name, loss in others:
+        if not abs(loss - wanted) <= tolerance * abs(wanted):
+            sys.exit(
+                f"{name} has the loss {loss:.7g}, {first} {wanted:.7g}; expected equal ones within {tolerance:g}: "
+                "no speed-up is told of different computations"
+            )
+
+
+def in_child(function: Callable[..., Any], *args: Any) -> Any:
+    """What a module's function returns in a fresh process, whose memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+class PeakMemory:
+    """Bytes above what is held at the start: imports do not count, what is built and computed does.
+
+    Only the first of a process tells something: use it in a child.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._before = self._held()
+
+    def bytes(self) -> int:
+        """The peak since the start."""
+        return peak_memory_bytes(self.device) - self._before
+
+    def _held(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmRSS:")[2].split()[0])
+
+
+def store(script: str, rows: list[dict], args: argparse.Namespace, **more: Any) -> None:
+    """Write rows, the machine, versions, the commit and the arguments to results/`script`.json and to --json."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    told = {
+        "machine": {**harness.describe_machine(device), "commit": source_commit()},
+        "arguments": {name: str(value) for name, value in vars(args).items() if value is not None},
+        **more,
+        "rows": rows,
+    }
+    text = json.dumps(told, indent=1) + "\n"
+    paths = [] if args.no_results else [RESULTS / f"{script}.json"]
+    for path in [*paths, *([args.json] if args.json else [])]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def timed_table(rows: list[dict], extra: tuple[str, ...] = ()) -> str:
+    """A Markdown table of timed rows, with further keys at its end."""
+    header = ["variant", "size", "dtype", "median ms", "p20–p80", "images/s", "GFLOP", "MFU", "peak MiB"]
+    header += ["speed-up", "FLOP ratio", "speed-up ÷ FLOP ratio", *extra]
+    lines = []
+    for row in rows:
+        memory = row["peak_memory_bytes"]
+        lines.append(
+            [
+                *(row[key] for key in ("variant", "size", "dtype")),
+                f"{1e3 * row['median_s']:.0f}",
+                f"{1e3 * row['p20_s']:.0f}–{1e3 * row['p80_s']:.0f}",
+                f"{row['images_per_s']:.1f}",
+                f"{row['flops'] / 1e9:.0f}",
+                f"{row['mfu']:.0%}",
+                "–" if memory is None else f"{memory / 2**20:.0f}",
+                *(f"{row[key]:.2f}" for key in ("ratio", "flop_ratio", "efficiency")),
+                *(row[key] for key in extra),
+            ]
+        )
+    return markdown.table(header, lines)
