@@ -227,6 +227,15 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _crops_differ(self):
+        if self.mask.repeat_crops and self.data.crop == "center_crop":
+            raise ValueError(
+                "mask.repeat_crops=true with data.crop='center_crop', which is one crop; expected "
+                "'random_resized_crop'"
+            )
+        return self
+
     @property
     def target_kind(self) -> TargetKind | None:
         """What is predicted; None where the objective has no choice."""

@@ -34,6 +34,8 @@ class MaskConfig(Section):
     repeats: Positive = 1
     """Masks of one decoded image in a step, for runs that wait for data: a step decodes batch_size / repeats images,
     and each counts as often as it is masked."""
+    repeat_crops: bool = False
+    """Each repeat has a crop, flip and colours of its own, from an image that is decoded once."""
 
     @model_validator(mode="before")
     @classmethod
@@ -53,6 +55,8 @@ class MaskConfig(Section):
                     raise ValueError(
                         f"mask.{key}={value} with mask.strategy={self.strategy!r}; expected mask.strategy={owner!r}"
                     )
+        if self.repeat_crops and self.repeats == 1:
+            raise ValueError("mask.repeat_crops=true with mask.repeats=1; expected two or more")
         if self.strategy == "grid" and self.ratio != 0.75:
             raise ValueError(
                 f"mask.ratio={self.ratio:g} with mask.strategy='grid'; expected 0.75: one of four patches is kept"

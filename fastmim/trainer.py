@@ -120,6 +120,7 @@ class Trainer:
             micro_batch=micro_batch,
             accumulation=config.optim.accumulation,
             repeats=config.mask.repeats,
+            repeat_crops=config.mask.repeat_crops,
             rank=ranks.rank,
             world_size=ranks.world_size,
             device=ranks.device,

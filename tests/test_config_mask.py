@@ -38,6 +38,11 @@ BAD = [
         "mask.strategy=grid data.image_size=[224,240]",
         "mask.strategy='grid' with 14 x 15 patches; expected even sides",
     ),
+    ("mask.repeat_crops=true", "mask.repeat_crops=true with mask.repeats=1; expected two or more"),
+    (
+        "mask.repeats=2 mask.repeat_crops=true data.crop=center_crop",
+        "mask.repeat_crops=true with data.crop='center_crop', which is one crop",
+    ),
     ("mask.strategy=grid mask.min_aspect=0.3", "mask.min_aspect=0.3 with mask.strategy='grid'; expected"),
 ]
 

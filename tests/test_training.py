@@ -143,6 +143,9 @@ def test_one_image_makes_an_epoch_of_many_crops_and_repeats_are_masked_anew(reci
     # Eight masks of one crop: less varied data, at the same number of steps.
     repeated = train(recipe, *words, "output=repeated", "mask.repeats=8")
     assert losses(repeated)[0] != losses(got)[0] and len(set(losses(repeated))) == 8
+    crops = train(recipe, *words, "output=crops", "mask.repeats=8", "mask.repeat_crops=true")
+    # Eight crops of one decoding are the eight of as many decodings; the later epoch's count on.
+    assert losses(crops)[:4] == losses(got)[:4] and losses(crops)[4] != losses(got)[4]
     refused = launch(recipe, *words, "output=refused", "mask.repeats=3")
     assert refused.returncode == 2 and "mask.repeats=3; expected a divisor of the 8 images" in refused.stdout
 

@@ -43,16 +43,27 @@ class SampleReader:
 
     def inputs(self, plan: Plan) -> dict[str, Any]:
         """What to feed by input name. Keep it until the run that it feeds has been collected."""
-        inputs: dict[str, Any] = {
-            "source": [self._source(sample) for sample in plan.sample.tolist()],
-            "start": np.stack([plan.top, plan.left], axis=1).astype(np.int32),
-            "shape": np.stack([plan.height, plan.width], axis=1).astype(np.int32),
-            "flip": plan.flip.astype(np.int32),
-        }
-        if plan.color is not None:
+        start = np.stack([plan.top, plan.left], axis=-1).astype(np.int32)
+        shape = np.stack([plan.height, plan.width], axis=-1).astype(np.int32)
+        inputs: dict[str, Any] = {"source": [self._source(sample) for sample in plan.sample.tolist()]}
+        if start.ndim == 2:
+            return inputs | {"start": start, "shape": shape} | self._view(plan.flip, plan.color, 0)
+        # One window around all crops is decoded, and each crop is a window of that.
+        first = start.min(1)
+        inputs |= {"start": first, "shape": (start + shape).max(1) - first}
+        for crop in range(start.shape[1]):
+            color = None if plan.color is None else plan.color[:, crop]
+            inputs |= self._view(plan.flip[:, crop], color, crop)
+            inputs |= {f"start{crop}": start[:, crop] - first, f"shape{crop}": shape[:, crop].copy()}
+        return inputs
+
+    def _view(self, flip: np.ndarray, color: np.ndarray | None, crop: int) -> dict[str, np.ndarray]:
+        """What one crop of each image is made with."""
+        inputs = {f"flip{crop}": flip.astype(np.int32)}
+        if color is not None:
             units = (1, 1, 1, 360)  # DALI takes hue in degrees
             for column, name in enumerate(color_inputs(self._channels)):
-                inputs[name] = plan.color[:, column] * np.float32(units[column])
+                inputs[f"{name}{crop}"] = color[:, column] * np.float32(units[column])
         return inputs
 
     def _source(self, sample: int) -> np.ndarray:
@@ -91,6 +102,7 @@ class Decoder:
         batch_size: most images in one run.
         threads: CPU threads of DALI.
         prefetch: runs to start before the first result is asked for, and to keep started.
+        crops: of each image, as in the plans.
     """
 
     def __init__(
@@ -102,6 +114,7 @@ class Decoder:
         batch_size: int,
         threads: int,
         prefetch: int = 1,
+        crops: int = 1,
     ):
         self._fed: deque[dict[str, Any]] = deque()
         self._pipeline: Any = None
@@ -114,6 +127,7 @@ class Decoder:
             batch_size=batch_size,
             threads=threads,
             prefetch=prefetch,
+            crops=crops,
             device_id=device.index if device.type == "cuda" else None,
         )
 
@@ -129,7 +143,9 @@ class Decoder:
             self._pipeline.schedule_run()
 
     def result(self) -> Tensor:
-        """The oldest run's images, uint8 [B, H, W, C], without a copy: the tensor owns DALI's buffer.
+        """The oldest run's images, uint8 [B * crops, H, W, C], without a copy: the tensor owns DALI's buffer.
+
+        An image's crops stand side by side.
 
         On the GPU the buffer is bound to the current stream: work queued there comes after the decoding, and
         the memory is reused only after that work.
@@ -142,7 +158,7 @@ class Decoder:
         tensor = torch.from_dlpack(images.as_tensor())
         self._pipeline.release_outputs()
         self._fed.popleft()
-        return tensor
+        return tensor.flatten(0, 1) if tensor.ndim == 5 else tensor
 
     def close(self) -> None:
         """Free the pipeline, and only then the inputs that its threads may still be reading."""
@@ -157,16 +173,16 @@ class Probe:
     """Decodes images one at a time, to find which one of a batch is bad.
 
     Args:
-        index, config, device: as for `Decoder`.
+        index, config, device, crops: as for `Decoder`.
     """
 
-    def __init__(self, index: Index, config: DataConfig, device: torch.device):
-        self._arguments = index, config, device
+    def __init__(self, index: Index, config: DataConfig, device: torch.device, crops: int = 1):
+        self._arguments, self._crops = (index, config, device), crops
         self._decoder: Decoder | None = None
 
     def why_not(self, plan: Plan) -> str | None:
         """Why the one image of `plan` cannot be decoded; None when it can."""
-        self._decoder = self._decoder or Decoder(*self._arguments, batch_size=1, threads=1)
+        self._decoder = self._decoder or Decoder(*self._arguments, batch_size=1, threads=1, crops=self._crops)
         try:
             self._decoder.start(plan)
             self._decoder.result()

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastmim.config import DataConfig
 from fastmim.data.decoder import DECODE_ERRORS, Decoder, Probe
 from fastmim.data.index import Index
-from fastmim.data.schedule import Plan, Schedule
+from fastmim.data.schedule import Plan, Schedule, repeat_positions
 from fastmim.errors import DataError, TrainingAborted
 from fastmim.ranks import cores_per_rank
 
@@ -44,7 +44,7 @@ class Loader:
     The global batch of step s is the stream's positions [s G, (s + 1) G), with G = micro_batch x accumulation x
     world_size; micro-step a of rank r takes micro_batch of them from s G + (a world_size + r) micro_batch. So
     any number of ranks with the same G sees the same images. With `repeats` k, G / k images are decoded, and each
-    stands k times in a row in its batch, at positions of its own for the masks.
+    stands k times in a row in its batch, at positions of its own for the masks, as the same crop or as k of them.
 
     An image that cannot be decoded is named in the log and replaced by a substitute that depends on its place in
     the stream alone; the other images of its batch stay as they are.
@@ -56,6 +56,7 @@ class Loader:
         micro_batch: images in a batch.
         accumulation: micro-steps in a step.
         repeats: how often each decoded image stands in its micro-batch; divides `micro_batch`.
+        repeat_crops: each repeat is a crop of its own.
         rank, world_size: which part of every step is this process's.
         device: where the images are needed; CUDA decodes there.
         start_step: first step.
@@ -71,6 +72,7 @@ class Loader:
         micro_batch: int,
         accumulation: int,
         repeats: int = 1,
+        repeat_crops: bool = False,
         rank: int,
         world_size: int,
         device: torch.device,
@@ -78,7 +80,8 @@ class Loader:
         threads: int | None = None,
     ):
         self.index, self.config = index, config
-        self.schedule = Schedule(index.heights, index.widths, seed, config)
+        self._crops = repeats if repeat_crops else 1
+        self.schedule = Schedule(index.heights, index.widths, seed, config, self._crops)
         self.samples_per_epoch = self.schedule.samples_per_epoch
         self.bad: dict[int, str] = {}
         """Why each image that could not be decoded on this rank could not."""
@@ -88,7 +91,7 @@ class Loader:
         self._device = exact_device(device)
         self._plans = self._plan_ahead(start_step * accumulation)
         self._threads = threads or config.threads or cores_per_rank()
-        self._probe = Probe(index, config, self._device)
+        self._probe = Probe(index, config, self._device, self._crops)
         self._ahead: deque[Plan] = deque()
         self._closed = False
         self._decoder = self._make_decoder()
@@ -124,6 +127,7 @@ class Loader:
             batch_size=self._decoded,
             threads=min(self._threads, self._decoded),
             prefetch=self.config.prefetch,
+            crops=self._crops,
         )
 
     def _start(self, plan: Plan) -> None:
@@ -142,9 +146,9 @@ class Loader:
         plan = self._ahead.popleft()
         epochs, positions = plan.epoch, plan.position
         if self._repeats > 1:
-            images = images.repeat_interleave(self._repeats, 0)
-            epochs = epochs.repeat(self._repeats)
-            positions = (positions[:, None] * self._repeats + np.arange(self._repeats)).ravel()
+            if self._crops == 1:
+                images = images.repeat_interleave(self._repeats, 0)
+            epochs, positions = epochs.repeat(self._repeats), repeat_positions(positions, self._repeats)
         return Batch(images, *self._to_device(np.stack([epochs, positions])).unbind(0), plan.sample)
 
     def _to_device(self, values: np.ndarray) -> Tensor:

@@ -22,9 +22,10 @@ def image_pipeline(
     batch_size: int,
     threads: int,
     prefetch: int,
+    crops: int,
     device_id: int | None,
 ) -> Pipeline:
-    """Decode, resize, flip and colour windows of images to uint8 [B, H, W, C].
+    """Decode, resize, flip and colour windows of images to uint8 [B, H, W, C]; [B, crops, H, W, C] of several crops.
 
     Args:
         index: what the samples are.
@@ -32,6 +33,7 @@ def image_pipeline(
         batch_size: most images in one run.
         threads: CPU threads of DALI.
         prefetch: runs that may be under way at once.
+        crops: of each image, which is decoded once.
         device_id: the CUDA device that decodes; None is the CPU.
 
     Returns:
@@ -49,9 +51,7 @@ def image_pipeline(
             layout="HWC" if index.kind == "npy" else None,
             no_copy=True,
         )
-        start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
-        shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
-        window = {"start": start, "shape": shape, "axes": (0, 1)}
+        window = _window("")
         if index.kind == "npy":
             images = fn.slice(source, **window)
             images = _move(images, device_id)
@@ -70,12 +70,11 @@ def image_pipeline(
             images = fn.color_space_conversion(
                 images, image_type=_PIXELS[stored], output_type=_PIXELS[config.channels]
             )
-        images = fn.resize(
-            images, size=list(config.image_size), interp_type=types.INTERP_CUBIC, antialias=True
-        )
-        images = fn.flip(images, horizontal=fn.external_source(name="flip", dtype=types.INT32, ndim=0))
-        if config.color_jitter is not None:
-            images = _color(images, config.channels)
+        if crops == 1:
+            images = _view(images, config, 0)
+        else:
+            windows = [fn.slice(images, **_window(str(crop))) for crop in range(crops)]
+            images = fn.stack(*(_view(window, config, crop) for crop, window in enumerate(windows)))
         pipeline.set_outputs(images)
     pipeline.build()
     return pipeline
@@ -85,10 +84,25 @@ def _move(images: Any, device_id: int | None) -> Any:
     return images if device_id is None else images.gpu()
 
 
-def _color(images: Any, channels: int) -> Any:
+def _window(name: str) -> dict[str, Any]:
+    start, shape = (
+        fn.external_source(name=f"{key}{name}", dtype=types.INT32, ndim=1) for key in ("start", "shape")
+    )
+    return {"start": start, "shape": shape, "axes": (0, 1)}
+
+
+def _view(images: Any, config: DataConfig, crop: int) -> Any:
+    """Resize, flip and colour one crop of each image."""
+    images = fn.resize(images, size=list(config.image_size), interp_type=types.INTERP_CUBIC, antialias=True)
+    images = fn.flip(images, horizontal=fn.external_source(name=f"flip{crop}", dtype=types.INT32, ndim=0))
+    return images if config.color_jitter is None else _color(images, config.channels, crop)
+
+
+def _color(images: Any, channels: int, crop: int) -> Any:
     """Brightness, contrast around mid-grey, saturation and hue: torchvision's ranges, in one pass."""
     factors = {
-        name: fn.external_source(name=name, dtype=types.FLOAT, ndim=0) for name in color_inputs(channels)
+        name: fn.external_source(name=f"{name}{crop}", dtype=types.FLOAT, ndim=0)
+        for name in color_inputs(channels)
     }
     return fn.brightness_contrast(images, **factors) if channels == 1 else fn.color_twist(images, **factors)
 

@@ -27,7 +27,10 @@ _CROP_TRIES = 10
 
 @dataclass(frozen=True)
 class Plan:
-    """What to decode, one row a sample; arrays [B], int64 unless said otherwise."""
+    """What to decode, one row a sample; arrays [B], int64 unless said otherwise.
+
+    From `top` on, [B, crops] where a schedule draws several crops of an image.
+    """
 
     epoch: np.ndarray
     position: np.ndarray
@@ -41,7 +44,7 @@ class Plan:
     flip: np.ndarray
     """bool"""
     color: np.ndarray | None = None
-    """float32 [B, 4]: factors of brightness, contrast and saturation, and a hue shift in turns."""
+    """float32 [B, 4] or [B, crops, 4]: factors of brightness, contrast and saturation, and a hue shift in turns."""
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -71,11 +74,14 @@ class Schedule:
         heights, widths: int [n], pixels, of the upright images.
         seed: 64-bit key of every draw.
         config: crop, scale, aspect, flip, color_jitter, image_size and samples_per_epoch are read.
+        crops: of each image.
     """
 
-    def __init__(self, heights: np.ndarray, widths: np.ndarray, seed: int, config: DataConfig):
+    def __init__(
+        self, heights: np.ndarray, widths: np.ndarray, seed: int, config: DataConfig, crops: int = 1
+    ):
         self.heights, self.widths = heights, widths
-        self.seed = seed
+        self.seed, self.crops = seed, crops
         self.config = config
         self.n = len(heights)
         self.samples_per_epoch = config.samples_per_epoch or self.n
@@ -89,6 +95,21 @@ class Schedule:
 
     def plan_of(self, epoch: np.ndarray, position: np.ndarray, sample: np.ndarray) -> Plan:
         """As `plan`, for samples that are already chosen; int64 [B] each."""
+        if self.crops == 1:
+            return Plan(epoch, position, sample, *self._views(epoch, position, sample))
+        each = (
+            np.repeat(epoch, self.crops),
+            repeat_positions(position, self.crops),
+            np.repeat(sample, self.crops),
+        )
+        views = [
+            None if view is None else view.reshape(len(sample), self.crops, *view.shape[1:])
+            for view in self._views(*each)
+        ]
+        return Plan(epoch, position, sample, *views)
+
+    def _views(self, epoch: np.ndarray, position: np.ndarray, sample: np.ndarray) -> list[Any]:
+        """The fields of a plan from `top` on."""
         height = self.heights[sample].astype(np.int64)
         width = self.widths[sample].astype(np.int64)
         if self.config.crop == "center_crop":
@@ -96,7 +117,7 @@ class Schedule:
         else:
             window = self._random_windows(epoch, position, height, width)
         flip = self._draw(0, epoch, position, STREAM_FLIP)[0] < int(self.config.flip * _WORD)
-        return Plan(epoch, position, sample, *window, flip, self._color(epoch, position))
+        return [*window, flip, self._color(epoch, position)]
 
     def substitute(self, epoch: np.ndarray, position: np.ndarray, attempt: int) -> np.ndarray:
         """The sample that stands in for an image that cannot be decoded: int64 [B]; attempts count from 0."""
@@ -144,6 +165,11 @@ class Schedule:
             )
         ]
         return np.stack([*factors, _uniform(words[3], -jitter.hue, jitter.hue)], axis=1).astype(np.float32)
+
+
+def repeat_positions(position: np.ndarray, repeats: int) -> np.ndarray:
+    """Positions of their own for the repeats of images, int64 [B * repeats], side by side."""
+    return (position[:, None] * repeats + np.arange(repeats)).ravel()
 
 
 def permute(place: np.ndarray, n: int, seed: int, epoch: np.ndarray, passes: np.ndarray) -> np.ndarray:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from fastmim.data.decoder import Decoder
 from fastmim.data.index import build_index
 from fastmim.data.loader import Loader, load_images
+from fastmim.data.schedule import Schedule
 from fastmim.errors import DataError, TrainingAborted
 
 CPU = torch.device("cpu")
@@ -90,6 +92,35 @@ def test_repeats_stand_side_by_side_at_positions_of_their_own(index, configure):
     parts = [take(make_loader(index, configure(), 6, 1, rank, 2, repeats=3), 1)[0] for rank in (0, 1)]
     assert torch.equal(joined(parts, "images"), joined(repeated[:2], "images"))
     assert torch.equal(joined(parts, "positions"), joined(repeated[:2], "positions"))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("color_jitter", [None, {"brightness": 0.5, "hue": 0.2}])
+def test_repeats_may_be_crops_of_their_own(suffix, color_jitter, make_folder, configure):
+    config = configure(color_jitter=color_jitter, scale=(0.1, 0.6))
+    index = build_index(str(make_folder(5, suffixes=(suffix,))), config, progress=False)
+    batches = take(make_loader(index, config, micro_batch=6, repeats=3, repeat_crops=True), 3)
+    schedule = Schedule(index.heights, index.widths, 5, config)
+    for batch in batches:
+        assert batch.images.shape == (6, *config.image_size, 3) and batch.images.is_contiguous()
+        samples = np.repeat(batch.samples, 3)
+        plan = schedule.plan_of(batch.epochs.numpy(), batch.positions.numpy(), samples)
+        decoder = Decoder(index, config, CPU, batch_size=6, threads=1)
+        decoder.start(plan)
+        difference = (decoder.result().float() - batch.images.float()).abs()
+        # A JPEG's chroma is interpolated across the edge of what is decoded.
+        assert difference.max() == 0 if suffix == "png" else difference.mean() < 0.2
+        assert not torch.equal(batch.images[0], batch.images[1])
+
+
+def test_crops_of_an_image_are_replaced_together(configure, make_folder):
+    folder = make_folder(5)
+    config = configure(max_bad_fraction=0.5)
+    index = build_index(str(folder), config, progress=False)
+    bad = sorted(folder.iterdir())[2]
+    bad.write_bytes(bad.read_bytes()[:200])
+    batches = take(make_loader(index, config, micro_batch=4, repeats=2, repeat_crops=True), 5)
+    assert 2 not in joined(batches, "samples").tolist() and joined(batches, "images").shape[0] == 20
 
 
 def test_a_start_step_gives_the_batches_of_a_longer_run(index, configure):
