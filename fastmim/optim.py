@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from fastmim.config import OptimConfig
 
-TOKENS = ("cls_token", "mask_token")
+TOKENS = ("cls_token", "mask_token", "pos_embed")
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices decay; 1-d parameters (biases, norms) and tokens do not (MAE, appendix A.1)."""
+    """Two groups: matrices decay; 1-d parameters (biases, norms), tokens and positions do not (MAE, appendix A.1)."""
     decayed, kept = [], []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:

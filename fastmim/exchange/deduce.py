@@ -12,7 +12,17 @@ from torch import Tensor
 from fastmim.config import MODEL_SIZES
 from fastmim.errors import CheckpointError
 from fastmim.exchange.files import Found
-from fastmim.exchange.layouts import LAYOUTS, MAE, TIMM, TRANSFORMERS, Architecture, Layout, from_layout
+from fastmim.exchange.layouts import (
+    CLS_TOKEN,
+    LAYOUTS,
+    MAE,
+    POSITIONS,
+    TIMM,
+    TRANSFORMERS,
+    Architecture,
+    Layout,
+    from_layout,
+)
 from fastmim.exchange.weights import config_in
 from fastmim.models.position import sincos_positions
 
@@ -71,6 +81,9 @@ def find_architecture(found: Found, layout: Layout) -> Architecture:
     if first not in state:
         raise CheckpointError(f"{found.path} lacks {first}; it holds {some(state)} ({layout.name})")
     encoder = Architecture(width, layout.depth(state, "encoder"), state[first].shape[0], size, channels)
+    table = state.get(layout.positions["encoder"])
+    if table is not None and table.ndim == 3 and find_grid(table) is None:
+        encoder = replace(encoder, positions=table.shape[1])
     if not layout.has_decoder(state):
         return encoder
     inner = state[f"{layout.stems['decoder.embed']}.weight"].shape[0]
@@ -78,13 +91,15 @@ def find_architecture(found: Found, layout: Layout) -> Architecture:
 
 
 def convert(found: Found, layout: Layout, architecture: Architecture) -> dict[str, Tensor]:
-    """The tensors in our layout; a row for the cls token in the position table becomes a part of the cls token.
+    """The tensors in our layout; in a fixed position table the cls token's row becomes a part of the token.
 
     Raises:
         CheckpointError: a parameter is missing, unknown or of another shape.
     """
     shapes = architecture.shapes()
-    names = {name for key in shapes for name in layout.names(key)} | set(_tables(layout, architecture))
+    names = {name for key in shapes for name in layout.names(key)} | set(
+        position_tables(layout, architecture)
+    )
     missing = sorted(names - found.state.keys())
     unknown = sorted(name for name in found.state.keys() - names if not name.startswith(layout.heads))
     if missing or unknown:
@@ -93,12 +108,12 @@ def convert(found: Found, layout: Layout, architecture: Architecture) -> dict[st
         raise CheckpointError(f"{found.path} {' and '.join(filter(None, (lacks, holds)))} ({layout.name})")
     tensors = from_layout(found.state, layout, shapes)
     for key, shape in shapes.items():
-        if tuple(tensors[key].shape) != shape:
+        if key != POSITIONS and tuple(tensors[key].shape) != shape:
             raise CheckpointError(
                 f"{found.path}: {', '.join(layout.names(key))} makes {list(tensors[key].shape)}; expected {list(shape)}"
             )
     counts = set()
-    for name, width in _tables(layout, architecture).items():
+    for name, width in position_tables(layout, architecture).items():
         shape = list(found.state[name].shape)
         if len(shape) != 3 or shape[::2] != [1, width] or shape[1] < 2:
             raise CheckpointError(f"{found.path}: {name} is {shape}; expected [1, 1 + patches, {width}]")
@@ -107,22 +122,22 @@ def convert(found: Found, layout: Layout, architecture: Architecture) -> dict[st
         raise CheckpointError(
             f"{found.path}: position tables of {' and '.join(map(str, sorted(counts)))} patches; expected one number"
         )
-    table = found.state[layout.positions["encoder"]]
-    tensors["encoder.cls_token"] = tensors["encoder.cls_token"] + table[:, :1].float()
+    if not architecture.positions:
+        table = found.state[layout.positions["encoder"]]
+        tensors[CLS_TOKEN] = tensors[CLS_TOKEN] + table[:, :1].float()
     return tensors
 
 
-def _tables(layout: Layout, architecture: Architecture) -> dict[str, int]:
-    """Name and width of each stored position table."""
+def position_tables(layout: Layout, architecture: Architecture) -> dict[str, int]:
+    """Name and width of each stored position table, the encoder's first."""
     tables = {layout.positions["encoder"]: architecture.width}
     if architecture.decoder_width:
         tables[layout.positions["decoder"]] = architecture.decoder_width
     return tables
 
 
-def find_grid(found: Found, layout: Layout, architecture: Architecture) -> tuple[int, int] | None:
-    """The patch grid (rows, columns) whose sin-cos tables the stored ones are; None where they are learned."""
-    tables = [found.state[name] for name in _tables(layout, architecture)]
+def find_grid(*tables: Tensor) -> tuple[int, int] | None:
+    """The patch grid (rows, columns) whose sin-cos tables these are; None where one was learned."""
     patches = tables[0].shape[1] - 1
     for rows in (side for side in range(1, patches + 1) if patches % side == 0):
         grid = rows, patches // rows
@@ -150,6 +165,7 @@ def shape_facts(architecture: Architecture) -> Facts:
         "depth": architecture.depth,
         "mlp_ratio": ratio,
         "patch_size": architecture.patch_size,
+        "positions": "learned" if architecture.positions else "sincos",
     }
     facts: Facts = {"model": model, "data": {"channels": architecture.channels}}
     if architecture.decoder_width:
@@ -181,7 +197,10 @@ def _from_mae_arguments(args: dict[str, Any], _: Path) -> Facts:
 
 def _from_config(config: dict[str, Any], path: Path) -> Facts:
     if "pretrained_cfg" in config:  # timm's
-        return {"data": _known(config["pretrained_cfg"], mean="mean", std="std")}
+        facts = _known(config["pretrained_cfg"], mean="mean", std="std", image_size="input_size")
+        if "image_size" in facts:
+            facts["image_size"] = facts["image_size"][1:]
+        return {"data": facts}
     kind, activation = config.get("model_type"), config.get("hidden_act")
     if kind not in ("vit", "vit_mae"):
         raise CheckpointError(f"{path}/config.json: model_type is {kind!r}; expected 'vit' or 'vit_mae'")

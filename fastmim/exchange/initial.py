@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -79,23 +80,24 @@ def _read(source: str, config: Config) -> Weights:
     return foreign.complete({}, assumed=run)[0]
 
 
-def _compare(source: str, held: dict[str, float], ours: dict[str, float]) -> None:
+def _compare(source: str, held: dict[str, Any], ours: dict[str, Any]) -> None:
     pairs = [f"{key} {held[key]} (this run has {ours[key]})" for key in ours if held[key] != ours[key]]
     if pairs:
         raise CheckpointError(f"model.init={source} has {', '.join(pairs)}")
 
 
-def _sizes(config: Config, encoder_only: bool) -> dict[str, float]:
+def _sizes(config: Config, encoder_only: bool) -> dict[str, Any]:
     sizes = _sizes_of(Architecture.of(config, decoder=False)) | {"model.heads": config.model.heads}
     values = {} if encoder_only else config.objective.model_dump()
     return sizes | {f"objective.{key}": values[key] for key in _DECODER if key in values}
 
 
-def _sizes_of(encoder: Architecture) -> dict[str, float]:
+def _sizes_of(encoder: Architecture) -> dict[str, Any]:
     return {
         "model.width": encoder.width,
         "model.depth": encoder.depth,
         "model.patch_size": encoder.patch_size,
         "model.mlp_ratio": encoder.hidden / encoder.width,
+        "model.positions": "learned" if encoder.positions else "sincos",
         "data.channels": encoder.channels,
     }

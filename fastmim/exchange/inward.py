@@ -11,12 +11,12 @@ from fastmim.errors import CheckpointError, ConfigError
 from fastmim.exchange import deduce
 from fastmim.exchange.deduce import Facts
 from fastmim.exchange.files import Found, check_out, read_found
-from fastmim.exchange.layouts import Architecture, Layout
+from fastmim.exchange.layouts import CLS_TOKEN, POSITIONS, Architecture, Layout
 from fastmim.exchange.weights import Weights, history_in, is_ours
 
 # The tensors have these; another value would be another network.
 _FIXED = (
-    *(f"model.{key}" for key in ("width", "depth", "heads", "mlp_ratio", "patch_size")),
+    *(f"model.{key}" for key in ("width", "depth", "heads", "mlp_ratio", "patch_size", "positions")),
     *(f"objective.decoder_{key}" for key in ("width", "depth", "heads")),
     "data.channels",
 )
@@ -89,6 +89,14 @@ class Foreign:
             self, architecture=encoder, tensors={name: self.tensors[name] for name in encoder.shapes()}
         )
 
+    def without_positions(self) -> "Foreign":
+        """With sin-cos positions in place of a learned table, whose row for the cls token becomes a part of it."""
+        tensors = dict(self.tensors)
+        table = tensors.pop(POSITIONS, None)
+        if table is not None:
+            tensors[CLS_TOKEN] = tensors[CLS_TOKEN] + table[:, :1]
+        return replace(self, architecture=replace(self.architecture, positions=0), tensors=tensors)
+
     def complete(
         self, given: dict[str, Any], assumed: Facts | None = None, fixed_positions: bool = False
     ) -> tuple[Weights, list[str]]:
@@ -100,18 +108,22 @@ class Foreign:
             fixed_positions: take sin-cos positions in place of learned ones.
 
         Raises:
-            FastmimError: `given` contradicts the file, something is not known, or positions were learned.
+            FastmimError: `given` contradicts the file, something is not known, or a decoder's positions were learned.
         """
-        found, table = self.found, self.layout.positions["encoder"]
-        known = deduce.merge(deduce.settings_facts(found), deduce.shape_facts(self.architecture))
+        found = self.found
+        encoder, *decoder = deduce.position_tables(self.layout, self.architecture)
+        fixed = decoder if self.architecture.positions else [encoder, *decoder]
+        grid = deduce.find_grid(*(found.state[name] for name in fixed)) if fixed else None
+        if fixed and grid is None and not fixed_positions:
+            raise CheckpointError(
+                f"{found.path}: {decoder[0]} is not the sin-cos table of {encoder}'s grid, so it was learned, and "
+                "fastmim's decoders have fixed ones; fastmim import --fixed-positions takes those in its place"
+            )
+        left_out = fixed_positions and (self.architecture.positions > 0 or grid is None)
+        taken = self.without_positions() if fixed_positions else self
+        known = deduce.merge(deduce.settings_facts(found), deduce.shape_facts(taken.architecture))
         _refuse_contradictions(given, known, found)
         known = deduce.merge(assumed or {}, deduce.standard_heads(known), known)
-        grid = deduce.find_grid(found, self.layout, self.architecture)
-        if grid is None and not fixed_positions:
-            raise CheckpointError(
-                f"{found.path}: the position tables ({table}) are not the sin-cos tables of a grid, so they were "
-                "learned, and fastmim's are fixed; fastmim import --fixed-positions takes sin-cos ones in their place"
-            )
         if grid is not None:
             size = [side * self.architecture.patch_size for side in grid]
             known = deduce.merge(known, {"data": {"image_size": size}})
@@ -119,14 +131,14 @@ class Foreign:
         _require(values, found, bool(self.architecture.decoder_width))
         values["model"].setdefault("size", None)
         config = recipes.build(values)
-        patches = found.state[table].shape[1] - 1
+        patches = found.state[encoder].shape[1] - 1
         if grid is None and patches != config.grid[0] * config.grid[1]:
             raise ConfigError(
                 f"data.image_size={list(config.data.image_size)} makes {config.grid[0]} x {config.grid[1]} patches; "
                 f"{found.path} has {patches} positions beside the cls token's"
             )
         history = {**history_in(found.metadata), "imported_from": f"{found.path.name} ({self.layout.name})"}
-        return Weights(self.tensors, config, history), _notes(found, self.layout, values, grid)
+        return Weights(taken.tensors, config, history), _notes(found, self.layout, values, left_out)
 
 
 def _leaves(values: dict[str, Any]) -> dict[str, Any]:
@@ -157,9 +169,9 @@ def _require(values: Facts, found: Found, decoder: bool) -> None:
         raise ConfigError(f"{found.path} does not tell everything; add {', '.join(missing)}")
 
 
-def _notes(found: Found, layout: Layout, values: Facts, grid: tuple[int, int] | None) -> list[str]:
+def _notes(found: Found, layout: Layout, values: Facts, left_out: bool) -> list[str]:
     notes = []
-    if grid is None:
+    if left_out:
         notes.append("positions: the learned ones were left out; fixed sin-cos ones are used")
     heads = sorted(name for name in found.state if name.startswith(layout.heads))
     if heads:

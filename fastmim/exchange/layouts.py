@@ -13,6 +13,9 @@ from fastmim.models.position import sincos_positions
 
 _BLOCK = re.compile(r"(encoder|decoder)\.blocks\.layers\.(\d+)\.(.+)\.(weight|bias)")
 PATCH_EMBED = "encoder.patch_embed.weight"
+CLS_TOKEN = "encoder.cls_token"
+POSITIONS = "encoder.pos_embed"
+"""Among the tensors where it was learned."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Layout:
         if match := _BLOCK.fullmatch(key):
             side, number, part, ending = match.groups()
             return tuple(f"{self.blocks[side]}.{number}.{name}.{ending}" for name in self.parts[part])
+        if key == POSITIONS:
+            return (self.positions["encoder"],)
         if key in self.stems:
             return (self.stems[key],)
         stem, _, ending = key.rpartition(".")
@@ -110,6 +115,8 @@ class Architecture:
         width, depth: of the encoder.
         hidden: width of its MLPs.
         patch_size, channels: of the images' patches.
+        positions: rows of the encoder's position table, the cls token's included, where it was learned; 0 where it
+            is fixed.
         decoder_width, decoder_depth: of MAE's decoder; 0 where there is none.
     """
 
@@ -118,6 +125,7 @@ class Architecture:
     hidden: int
     patch_size: int
     channels: int
+    positions: int = 0
     decoder_width: int = 0
     decoder_depth: int = 0
 
@@ -126,7 +134,8 @@ class Architecture:
         """That of a run, with or without the decoder, which only `objective.name=mae` has."""
         model, objective = config.model, config.objective
         hidden = int(model.width * model.mlp_ratio)
-        encoder = cls(model.width, model.depth, hidden, model.patch_size, config.data.channels)
+        positions = 1 + config.grid[0] * config.grid[1] if model.positions == "learned" else 0
+        encoder = cls(model.width, model.depth, hidden, model.patch_size, config.data.channels, positions)
         if not decoder:
             return encoder
         assert isinstance(objective, MAEConfig)
@@ -135,9 +144,11 @@ class Architecture:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Our name and shape of every parameter."""
         width, inner, pixels = self.width, self.decoder_width, self.patch_size**2 * self.channels
-        shapes: dict[str, tuple[int, ...]] = {"encoder.cls_token": (1, 1, width)}
+        shapes: dict[str, tuple[int, ...]] = {CLS_TOKEN: (1, 1, width)}
         shapes |= _linear("encoder.patch_embed", pixels, width) | _norm("encoder.norm", width)
         shapes |= _blocks("encoder", self.depth, width, self.hidden)
+        if self.positions:
+            shapes[POSITIONS] = (1, self.positions, width)
         if inner:
             shapes |= {"decoder.mask_token": (1, 1, inner)} | _norm("decoder.norm", inner)
             shapes |= _linear("decoder.embed", width, inner) | _linear("head.linear", inner, pixels)
@@ -171,7 +182,7 @@ def parts_of(names: Iterable[str]) -> str:
 def to_layout(
     tensors: dict[str, Tensor], layout: Layout, architecture: Architecture, grid: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """Our tensors under their names and in their shapes, position tables of `grid` included.
+    """Our tensors under their names and in their shapes, fixed position tables of `grid` included.
 
     The patch embedding, a linear over (row, column, channel) values here, is a convolution [D, C, P, P] there. The
     pixels of a prediction have the order (row, column, channel) in all of them.
@@ -185,14 +196,15 @@ def to_layout(
         names = layout.names(key)
         for name, piece in zip(names, tensor.chunk(len(names)), strict=True):
             state[name] = piece.clone(memory_format=torch.contiguous_format)
-    state[layout.positions["encoder"]] = sincos_positions(architecture.width, grid)
+    if not architecture.positions:
+        state[layout.positions["encoder"]] = sincos_positions(architecture.width, grid)
     if architecture.decoder_width:
         state[layout.positions["decoder"]] = sincos_positions(architecture.decoder_width, grid)
     return state
 
 
 def from_layout(state: dict[str, Tensor], layout: Layout, keys: Iterable[str]) -> dict[str, Tensor]:
-    """Our tensors `keys`, float32, from theirs; the inverse of `to_layout`, but for the position tables."""
+    """Our tensors `keys`, float32, from theirs; the inverse of `to_layout`, but for fixed position tables."""
     tensors = {}
     for key in keys:
         tensor = torch.cat([state[name].float() for name in layout.names(key)])

@@ -38,7 +38,8 @@ def export_weights(
         layout: timm, transformers, mae or fastmim.
         encoder_only: leave the decoder out; timm has none anyway.
         ema: the averaged weights of a run.
-        image_size: height and width in pixels that the position tables are computed for; the run's unless given.
+        image_size: height and width in pixels that the position tables are computed for, or resized where they were
+            learned; the run's unless given.
         force: replace `out`.
 
     Returns:
@@ -113,7 +114,9 @@ def _describe(path: Path, layout: str, weights: Weights, architecture: Architect
     left_out = parts_of(weights.tensors.keys() - architecture.shapes().keys())
     lines = [
         f"{path}: {what} in the layout of {layout}{_when(weights)}",
-        f"positions: the sin-cos table of {rows} x {columns} patches, computed for this size and not interpolated",
+        f"positions: the learned table, for {rows} x {columns} patches"
+        if architecture.positions
+        else f"positions: the sin-cos table of {rows} x {columns} patches, computed for this size and not interpolated",
     ]
     if left_out:
         lines.append(f"left out: {left_out}")
@@ -131,13 +134,22 @@ def _how_to_load(path: Path, layout: str, config: Config, architecture: Architec
     return f"model.load_state_dict({read}{'' if architecture.decoder_width else ', strict=False'})"
 
 
-def timm_call(path: Path, config: Config) -> str:
-    """The call of `timm.create_model` that builds this encoder and loads the file strictly."""
+def timm_call(path: Path, config: Config, classes: int = 0, pool: str | None = None) -> str:
+    """The call of `timm.create_model` that builds this encoder and loads the file strictly.
+
+    Args:
+        path: of the file.
+        config: of the encoder.
+        classes: of the head over it; 0 has none.
+        pool: timm's `global_pool`; None leaves timm's.
+    """
     model, data = config.model, config.data
     sizes = {shape: name for name, shape in MODEL_SIZES.items()}
     size = sizes.get((model.width, model.depth, model.heads))
     patch = 14 if size == "huge" else 16
-    options: dict[str, object] = {"num_classes": 0}
+    options: dict[str, object] = {"num_classes": classes}
+    if pool is not None:
+        options["global_pool"] = pool
     if size is None:
         options |= {"embed_dim": model.width, "depth": model.depth, "num_heads": model.heads}
     if model.patch_size != patch:

@@ -17,7 +17,8 @@ from fastmim.config import Config
 from fastmim.config_objective import MAEConfig
 from fastmim.errors import CheckpointError, ConfigError
 from fastmim.exchange.files import aside, list_tensors, read_safetensors
-from fastmim.exchange.layouts import PATCH_EMBED, Architecture
+from fastmim.exchange.layouts import PATCH_EMBED, POSITIONS, Architecture
+from fastmim.models.position import resize_positions
 
 _PREFIX = "fastmim."
 _HISTORY = ("step", "epoch", "commit", "averaged", "imported_from")
@@ -56,10 +57,17 @@ class Weights:
         return whole if whole.shapes() == shapes else encoder
 
     def at_size(self, image_size: tuple[int, int]) -> "Weights":
-        """The same weights for images of another height and width; `ConfigError` where patches do not fit."""
+        """The same weights for images of another height and width; `ConfigError` where patches do not fit.
+
+        A learned position table is resized.
+        """
         values = self.config.model_dump(mode="json")
         values["data"]["image_size"] = list(image_size)
-        return replace(self, config=recipes.build(values))
+        config = recipes.build(values)
+        tensors = dict(self.tensors)
+        if POSITIONS in tensors:
+            tensors[POSITIONS] = resize_positions(tensors[POSITIONS], self.config.grid, config.grid)
+        return replace(self, tensors=tensors, config=config)
 
     def encoder_only(self) -> "Weights":
         """Without what is not the encoder's."""

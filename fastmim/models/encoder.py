@@ -35,7 +35,11 @@ class Encoder(nn.Module):
         self.patch_embed = nn.Linear(model.patch_size**2 * config.data.channels, model.width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, model.width))
         self.mask_token = nn.Parameter(torch.empty(1, 1, model.width)) if mask_token else None
-        self.register_buffer("pos_embed", sincos_positions(model.width, config.grid), persistent=False)
+        table = sincos_positions(model.width, config.grid)
+        if model.positions == "learned":
+            self.pos_embed = nn.Parameter(torch.empty_like(table))
+        else:
+            self.register_buffer("pos_embed", table, persistent=False)
         self.blocks = Blocks(
             model.width,
             model.depth,
@@ -48,6 +52,8 @@ class Encoder(nn.Module):
         self.norm = LayerNorm(model.width)
         self.apply(init_weights)
         nn.init.normal_(self.cls_token, std=0.02)
+        if model.positions == "learned":
+            nn.init.normal_(self.pos_embed, std=0.02)
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
 

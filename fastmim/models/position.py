@@ -1,7 +1,8 @@
-"""Fixed 2-d sine-cosine position embeddings."""
+"""Position tables: the fixed 2-d sine-cosine one, and any other for another grid."""
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -27,3 +28,21 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
     table = np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1)
     table = np.concatenate([np.zeros((1, dim)), table])
     return torch.from_numpy(table).to(torch.float32)[None]
+
+
+def resize_positions(table: Tensor, old: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """A position table for another grid: bicubic, antialiased, as timm resizes.
+
+    Args:
+        table: [1, 1 + N, D], the first row for the cls token, which stays.
+        old: patches per column and row of the table.
+        grid: those that are wanted.
+
+    Returns:
+        [1, 1 + grid[0] * grid[1], D].
+    """
+    if old == grid:
+        return table
+    maps = table[:, 1:].transpose(1, 2).unflatten(2, old)
+    maps = F.interpolate(maps, grid, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([table[:, :1], maps.flatten(2).transpose(1, 2)], dim=1)

@@ -24,6 +24,7 @@ VARIANTS = {
     "square": ["objective.norm_pix_loss=true"],
     "wide": ["data.image_size=[16,32]", "model.mlp_ratio=2.5", "objective.norm_pix_loss=false"],
     "one channel": ["data.channels=1", "model.depth=1", "objective.decoder_depth=2"],
+    "learned": ["model.positions=learned", "objective.norm_pix_loss=true"],
     "four channels": ["data.channels=4", "mask.ratio=0.5", "objective.norm_pix_loss=false"],
 }
 

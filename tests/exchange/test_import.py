@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
 from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
 from fastmim.errors import CheckpointError, ConfigError
@@ -96,17 +97,46 @@ def test_a_model_of_timm_with_its_head(tiny_config, tmp_path):
     assert (features - whole_features(objective, images)).abs().max() < 1e-5
 
 
-def test_learned_positions_are_left_out_only_when_asked(tmp_path):
+def test_learned_positions_are_kept(tmp_path):
     model = randomised(timm.create_model("vit_base_patch16_224", num_classes=0, **TIMM))
     save_file(model.state_dict(), tmp_path / "timm.safetensors")
     arguments = str(tmp_path / "timm.safetensors"), str(tmp_path / "ours.safetensors")
-    with pytest.raises(CheckpointError, match=r"tables \(pos_embed\) are not the sin-cos.*--fixed-positions"):
-        import_weights(*arguments, overrides=["model.heads=2", "data.image_size=32"])
+    with pytest.raises(ConfigError, match=r"does not tell everything; add data.image_size="):
+        import_weights(*arguments, overrides=["model.heads=2"])
+    with pytest.raises(ConfigError, match=r"model.positions=sincos: .* has learned"):
+        import_weights(
+            *arguments, overrides=["model.heads=2", "data.image_size=32", "model.positions=sincos"]
+        )
+    told = import_weights(*arguments, overrides=["model.heads=2", "data.image_size=32"])
+    assert "left out" not in told
+    objective, config = loaded(tmp_path / "ours.safetensors")
+    assert config.model.positions == "learned"
+    images = images_of(config)
+    with torch.no_grad():
+        features = model.forward_features(pixels_of(images, config))
+    assert (features - whole_features(objective, images)).abs().max() < 1e-5
+    # And out again.
+    told = export_weights(arguments[1], str(tmp_path / "back.safetensors"), "timm")
+    assert "positions: the learned table, for 4 x 4 patches" in told
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == model.state_dict().keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
+    # For larger images, as timm resizes.
+    export_weights(arguments[1], str(tmp_path / "large.safetensors"), "timm", image_size=(48, 40))
+    table = load_file(tmp_path / "large.safetensors")["pos_embed"]
+    torch.testing.assert_close(table, resample_abs_pos_embed(model.pos_embed.detach(), [6, 5]))
+
+
+def test_learned_positions_are_left_out_when_asked(tmp_path):
+    model = randomised(timm.create_model("vit_base_patch16_224", num_classes=0, **TIMM))
+    save_file(model.state_dict(), tmp_path / "timm.safetensors")
+    arguments = str(tmp_path / "timm.safetensors"), str(tmp_path / "ours.safetensors")
     with pytest.raises(ConfigError, match=r"makes 8 x 8 patches; .* has 16 positions"):
         import_weights(*arguments, overrides=["model.heads=2", "data.image_size=64"], fixed_positions=True)
     told = import_weights(*arguments, overrides=["model.heads=2", "data.image_size=32"], fixed_positions=True)
     assert "the learned ones were left out" in told
     tensors = load_file(tmp_path / "ours.safetensors")
+    assert "encoder.pos_embed" not in tensors
     torch.testing.assert_close(
         tensors["encoder.cls_token"], (model.cls_token + model.pos_embed[:, :1]).detach()
     )

@@ -15,6 +15,7 @@ DECODER = ["objective.decoder_width=16", "objective.decoder_depth=1", "objective
 RUNS = {
     "mask_token": ["objective.mask_token_in_encoder=true"],
     "cross": ["objective.decoder=cross", "objective.decoder_depth=2", "objective.kept_mask_ratio=0.25"],
+    "learned_positions": ["model.positions=learned", *DECODER],
     "simmim": ["objective.name=simmim", "mask.unit=2", "mask.ratio=0.5"],
     "beit": [
         "objective.name=beit",
@@ -25,7 +26,7 @@ RUNS = {
     "r_mae": ["objective.name=r_mae", *DECODER, "objective.share_decoder=true"],
     "c_mae": ["objective.name=c_mae", *DECODER],
 }
-DRAWN = {"mask_token", "cross", "simmim", "r_mae"}
+DRAWN = {"mask_token", "learned_positions", "cross", "simmim", "r_mae"}
 PARTS = {"r_mae": {"loss_agree", "loss_rebuild"}}
 
 
