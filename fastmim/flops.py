@@ -1,9 +1,43 @@
-"""Analytic floating-point operations; a multiply and an add count as two."""
+"""Analytic floating-point operations, where a multiply and an add count as two, and how many a device can do."""
+
+import time
+from typing import NamedTuple
+
+import torch
 
 from fastmim.config import Config
 
 # Dense bf16 tensor-core peaks in TFLOP/s, from the makers' data sheets.
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0, "RTX 4090": 165.0}
+
+_PEAK_SIDE = {"cuda": 8192, "cpu": 2048}
+_PEAK_REPEATS = 10
+
+
+class Flops(NamedTuple):
+    """FLOPs of the two passes of a module, for one image.
+
+    Attributes:
+        forward: of its matrix products.
+        backward: of those that make their gradients.
+    """
+
+    forward: int
+    backward: int
+
+    @classmethod
+    def of(cls, forward: int, gradients: int = 2) -> "Flops":
+        """Of products with this many gradients each, which cost as much: for both factors, for one, or for none."""
+        return cls(forward, gradients * forward)
+
+
+def add_modules(*parts: dict[str, Flops]) -> dict[str, Flops]:
+    """The sum of FLOPs by module; a module that is used twice stands in two parts."""
+    total: dict[str, Flops] = {}
+    for name, flops in (item for part in parts for item in part.items()):
+        forward, backward = total.get(name, Flops(0, 0))
+        total[name] = Flops(forward + flops.forward, backward + flops.backward)
+    return total
 
 
 def linear_flops(tokens: int, inputs: int, outputs: int) -> int:
@@ -32,10 +66,12 @@ def embedding_flops(config: Config, patches: int) -> int:
     return linear_flops(patches, pixels, config.model.width)
 
 
-def encoder_flops(config: Config, patches: int, tokens: int) -> int:
-    """The encoder: `patches` are embedded, `tokens` go through the blocks."""
+def encoder_modules(config: Config, patches: int, tokens: int, learned: bool = True) -> dict[str, Flops]:
+    """The encoder: `patches` are embedded, `tokens` go through the blocks; no gradients unless `learned`."""
     model = config.model
-    return embedding_flops(config, patches) + model.depth * block_flops(tokens, model.width, model.mlp_ratio)
+    blocks = model.depth * block_flops(tokens, model.width, model.mlp_ratio)
+    embedding = Flops.of(embedding_flops(config, patches), gradients=1 if learned else 0)
+    return {"patch_embed": embedding, "encoder": Flops.of(blocks, gradients=2 if learned else 0)}
 
 
 def decoder_flops(config: Config, latents: int) -> int:
@@ -51,3 +87,32 @@ def peak_flops(device_name: str, precision: str, given_tflops: float | None = No
         return given_tflops * 1e12
     known = [peak for name, peak in PEAK_TFLOPS.items() if name in device_name and precision != "fp32"]
     return known[0] * 1e12 if known else None
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product, the fastest of several: what a step's FLOP/s are compared with.
+
+    Args:
+        device: CPU or CUDA; it should have nothing else to do.
+        dtype: of the factors.
+    """
+    side = _PEAK_SIDE[device.type]
+    left, right = torch.randn(2, side, side, device=device).to(dtype)
+    out = torch.empty_like(left)
+    torch.mm(left, right, out=out)  # chooses the kernel
+    return linear_flops(side, side, side) / min(
+        _seconds_of_product(left, right, out) for _ in range(_PEAK_REPEATS)
+    )
+
+
+def _seconds_of_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> float:
+    if left.device.type == "cpu":
+        started = time.perf_counter()
+        torch.mm(left, right, out=out)
+        return time.perf_counter() - started
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    torch.mm(left, right, out=out)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000

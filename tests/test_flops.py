@@ -8,7 +8,8 @@ from fastmim.kernels import info_nce_reference, masked_cross_entropy_reference
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastmim.flops import peak_flops
+from fastmim import flops as flops_module
+from fastmim.flops import measure_peak_flops, peak_flops
 from fastmim.objectives import build_objective
 from fastmim.objectives import c_mae as c_mae_module
 from fastmim.targets import tokens as tokens_module
@@ -60,6 +61,41 @@ def test_analytic_flops_are_the_counted_ones(tiny_config, countable, variant):
         loss.backward()
     backward = (objective.step_flops() - objective.forward_flops()) * 2
     assert backward == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("variant", ["mae", "mae-mask-token", "mae-cross-part"])
+def test_each_module_of_mae_is_counted_at_vit_tiny(tiny_config, variant):
+    sizes = ["model.width=192", "model.heads=3", "data.image_size=96", "objective.decoder_width=128"]
+    objective = build_objective(tiny_config(*sizes, *VARIANTS[variant]))
+    batch = SimpleNamespace(
+        images=images_of(objective.config, 1), epochs=torch.zeros(1).long(), positions=torch.zeros(1).long()
+    )
+
+    def count(run):
+        # All modules: the counter gives a backward pass to the module whose forward pass it saw.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            run()
+        return {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+
+    forward = count(lambda: objective(batch))
+    both = count(lambda: objective(batch)["loss"].backward())
+    counted = objective.module_flops()
+    assert counted.keys() == {"patch_embed", "encoder", "decoder", "head"}
+    names = {"patch_embed": "encoder.patch_embed", "encoder": "encoder.blocks"}
+    for module, flops in counted.items():
+        name = f"MAE.{names.get(module, module)}"
+        assert flops.forward == pytest.approx(forward[name], rel=0.01)
+        assert flops.backward == pytest.approx(both[name] - forward[name], rel=0.01)
+
+
+def test_a_measured_peak_is_that_of_the_fastest_product(monkeypatch):
+    monkeypatch.setattr(flops_module, "_PEAK_SIDE", {"cpu": 10})
+    seconds = iter([0.5, 0.25, *[1.0] * 8])
+    monkeypatch.setattr(flops_module, "_seconds_of_product", lambda *_: next(seconds))
+    assert measure_peak_flops(torch.device("cpu"), torch.bfloat16) == 2 * 10**3 / 0.25
+    monkeypatch.undo()
+    monkeypatch.setattr(flops_module, "_PEAK_SIDE", {"cpu": 64})
+    assert measure_peak_flops(torch.device("cpu"), torch.bfloat16) > 0
 
 
 def test_peak_is_known_in_16_bits_or_given():

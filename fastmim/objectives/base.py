@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.config import Config
-from fastmim.flops import embedding_flops
+from fastmim.flops import Flops
 from fastmim.masking import Mask, MaskSampler
 from fastmim.models import CrossDecoder, Encoder, Regressor
 from fastmim.models.blocks import Blocks
@@ -68,8 +68,16 @@ class Trainable(nn.Module, ABC):
         return {key: network.fingerprint() for key, network in frozen.items()}
 
     @abstractmethod
+    def module_flops(self) -> dict[str, Flops]:
+        """Analytic FLOPs of one image by module: this one's own, and the encoder's `patch_embed` apart."""
+
+    def forward_flops(self) -> int:
+        """Analytic FLOPs of the forward pass of one image."""
+        return sum(flops.forward for flops in self.module_flops().values())
+
     def step_flops(self) -> int:
         """Analytic FLOPs of forward and backward of one image."""
+        return sum(sum(flops) for flops in self.module_flops().values())
 
     def compile_blocks(self) -> None:
         """`torch.compile` each transformer block."""
@@ -113,17 +121,6 @@ class Objective(Trainable):
         self.sampler = MaskSampler(config)
         self.scale = PixelScale(config.data.mean, config.data.std)
         self.encoder = Encoder(config, self.scale, attention, mask_token_in_encoder)
-
-    @abstractmethod
-    def forward_flops(self) -> int:
-        """Analytic FLOPs of the forward pass of one image."""
-
-    def step_flops(self) -> int:
-        """Analytic FLOPs of forward and backward of one image.
-
-        The backward of a linear is twice its forward, but for the patch embedding, whose inputs need no gradient.
-        """
-        return 3 * self.forward_flops() - embedding_flops(self.config, self.sampler.keep)
 
     def sample_mask(self, epochs: Tensor, positions: Tensor) -> Mask:
         """The masks of samples at these epochs and positions, int64 [B] each."""

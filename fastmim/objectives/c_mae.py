@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmim.config import Config
-from fastmim.flops import embedding_flops, linear_flops
+from fastmim.flops import Flops, add_modules, linear_flops
 from fastmim.gather_ranks import gather_ranks
 from fastmim.kernels import info_nce
 from fastmim.masking import Mask
@@ -53,25 +53,21 @@ class CMAE(Siamese):
         labels = torch.arange(first, first + len(queries), device=keys.device)
         return info_nce(queries, keys, labels, objective.temperature)[0]
 
-    def forward_flops(self) -> int:
-        """Analytic FLOPs of the forward pass of one image, its similarities to a whole batch included."""
-        return sum(self._branches_flops()) + self._contrast_flops()
+    def module_flops(self) -> dict[str, Flops]:
+        """Analytic FLOPs of one image by module; "contrast" is its similarities to a whole batch.
 
-    def step_flops(self) -> int:
-        """Analytic FLOPs of forward and backward of one image; a stopped branch and its keys have no backward."""
-        first, second = self._branches_flops()
-        keep, removed = self.sampler.keep, self.patches - self.sampler.keep
-        flops = 3 * first - embedding_flops(self.config, keep)
-        if self.config.objective.stop_gradient:
-            return flops + second + 2 * self._contrast_flops()
-        return flops + 3 * second - embedding_flops(self.config, removed) + 3 * self._contrast_flops()
-
-    def _branches_flops(self) -> tuple[int, int]:
-        objective, removed = self.config.objective, self.patches - self.sampler.keep
+        A stopped branch, and the keys that it makes, have no backward.
+        """
+        objective, optim, removed = self.config.objective, self.config.optim, self.patches - self.sampler.keep
+        learned = not objective.stop_gradient
         projection = linear_flops(removed, objective.decoder_width, objective.projection)
-        return self.branch_flops(self.sampler.keep) + projection, self.branch_flops(removed) + projection
-
-    def _contrast_flops(self) -> int:
-        optim, removed = self.config.optim, self.patches - self.sampler.keep
         keys = optim.batch_size // optim.accumulation * removed
-        return linear_flops(removed, self.config.objective.projection, keys)
+        contrast = linear_flops(removed, objective.projection, keys)
+        second = "projection" if self.second_projection is None else "second_projection"
+        return add_modules(
+            self.first_modules(),
+            self.second_modules(learned),
+            {"projection": Flops.of(projection)},
+            {second: Flops.of(projection, gradients=2 if learned else 0)},
+            {"contrast": Flops.of(contrast, gradients=2 if learned else 1)},
+        )

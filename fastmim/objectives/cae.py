@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastmim.config import Config
-from fastmim.flops import block_flops, embedding_flops, encoder_flops
+from fastmim.flops import Flops, add_modules, block_flops, encoder_modules
 from fastmim.kernels import mse_align
 from fastmim.masking import Mask
 from fastmim.models import LatentDecoder, Regressor
@@ -62,21 +62,17 @@ class CAE(Objective):
         """What the head compares, from predicted latents only: [B, M, outputs]; for pixel targets."""
         return self.head(self.decoder(self.regress(images, mask), mask.ids_mask), None, mask.ids_mask).pred
 
-    def forward_flops(self) -> int:
-        """Analytic FLOPs of the forward pass of one image, the second one of the encoder included."""
-        return self._learning_flops() + self._target_flops()
-
-    def step_flops(self) -> int:
-        """Analytic FLOPs of forward and backward of one image; the alignment target has no backward."""
-        learning = 3 * self._learning_flops() - embedding_flops(self.config, self.sampler.keep)
-        return learning + self._target_flops()
-
-    def _learning_flops(self) -> int:
+    def module_flops(self) -> dict[str, Flops]:
+        """Analytic FLOPs of one image by module; the encoder's second pass, the alignment target, has no backward."""
         model, keep, removed = self.config.model, self.sampler.keep, self.patches - self.sampler.keep
         decoder = self.config.objective.decoder_depth * block_flops(removed, model.width, model.mlp_ratio)
-        encoder = encoder_flops(self.config, keep, 1 + keep)
-        return encoder + self.regressor.flops(keep, removed) + decoder + self.head.flops(removed)
-
-    def _target_flops(self) -> int:
-        removed = self.patches - self.sampler.keep
-        return encoder_flops(self.config, removed, 1 + removed) if self.align_weight else 0
+        learning = {
+            **encoder_modules(self.config, keep, 1 + keep),
+            "regressor": Flops.of(self.regressor.flops(keep, removed)),
+            "decoder": Flops.of(decoder),
+            "head": Flops.of(self.head.flops(removed)),
+        }
+        target = (
+            encoder_modules(self.config, removed, 1 + removed, learned=False) if self.align_weight else {}
+        )
+        return add_modules(learning, target)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastmim.config import Config
-from fastmim.flops import embedding_flops, encoder_flops
+from fastmim.flops import Flops, encoder_modules
 from fastmim.masking import Mask
 from fastmim.models import Regressor
 from fastmim.objectives.base import Images, Objective
@@ -38,16 +38,12 @@ class CAEv2(Objective):
         ids = torch.cat([mask.ids_keep, mask.ids_mask], dim=1)
         return {"loss": self.head(x, images, ids).loss}
 
-    def forward_flops(self) -> int:
-        """Analytic FLOPs of the forward pass of one image, the teacher's included."""
-        return self._learning_flops() + self.head.teacher_flops
-
-    def step_flops(self) -> int:
-        """Analytic FLOPs of forward and backward of one image; the teacher has no backward."""
-        learning = 3 * self._learning_flops() - embedding_flops(self.config, self.sampler.keep)
-        return learning + self.head.teacher_flops
-
-    def _learning_flops(self) -> int:
+    def module_flops(self) -> dict[str, Flops]:
+        """Analytic FLOPs of one image by module; the teacher has no backward."""
         keep = self.sampler.keep
-        regressor = self.regressor.flops(keep, self.patches - keep)
-        return encoder_flops(self.config, keep, 1 + keep) + regressor + self.head.flops(self.patches)
+        return {
+            **encoder_modules(self.config, keep, 1 + keep),
+            "regressor": Flops.of(self.regressor.flops(keep, self.patches - keep)),
+            "teacher": Flops.of(self.head.teacher_flops, gradients=0),
+            "head": Flops.of(self.head.flops(self.patches)),
+        }

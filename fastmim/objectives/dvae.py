@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim.config import Config
+from fastmim.flops import Flops
 from fastmim.masking import Mask
 from fastmim.models.dvae import DVAEDecoder, DVAEEncoder, ResidualBlock, convolution_flops
 from fastmim.models.pixels import PixelScale
@@ -66,11 +67,15 @@ class DVAE(Trainable):
         done = min(self.progress / share, 1.0) if share else 1.0
         return 0.5 * (1 - math.cos(math.pi * done))
 
-    def step_flops(self) -> int:
-        """Analytic FLOPs of forward and backward of one image; the first convolution's inputs need no gradient."""
+    def module_flops(self) -> dict[str, Flops]:
+        """Analytic FLOPs of one image by module; the first convolution's inputs need no gradient."""
         height, width = self.config.data.image_size
-        forward = self.encoder.flops(height, width) + self.decoder.flops(*self.grid)
-        return 3 * forward - convolution_flops(self.encoder.input, height, width)
+        encoder, pixels = (
+            self.encoder.flops(height, width),
+            convolution_flops(self.encoder.input, height, width),
+        )
+        decoder = Flops.of(self.decoder.flops(*self.grid))
+        return {"encoder": Flops(encoder, 2 * encoder - pixels), "decoder": decoder}
 
     def compile_blocks(self) -> None:
         """`torch.compile` each residual block."""

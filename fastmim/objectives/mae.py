@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastmim.config import Config
-from fastmim.flops import cross_block_flops, decoder_flops, encoder_flops
+from fastmim.flops import Flops, cross_block_flops, decoder_flops, encoder_modules
 from fastmim.kernels.philox import STREAM_SUBSET, philox_4x32
 from fastmim.masking import Mask, sample_random_mask
 from fastmim.models import CrossDecoder, MAEDecoder
@@ -59,17 +59,19 @@ class MAE(Objective):
         """What the head compares, for all removed patches: [B, M, outputs]."""
         return self.head(self.features(images, mask, mask.ids_mask), None, mask.ids_mask).pred
 
-    def forward_flops(self) -> int:
-        """Analytic FLOPs of the forward pass of one image."""
+    def module_flops(self) -> dict[str, Flops]:
+        """Analytic FLOPs of one image by module."""
         config, objective, keep = self.config, self.config.objective, self.sampler.keep
         tokens = 1 + (self.patches if objective.mask_token_in_encoder else keep)
-        flops = encoder_flops(config, keep, tokens) + self.head.flops(self.predicted)
-        if not self.crosses:
-            return flops + decoder_flops(config, tokens)
-        model, width = config.model, objective.decoder_width
-        mix = 2 * (1 + model.depth) * tokens * model.width
-        block = cross_block_flops(self.predicted, width, tokens, model.width)
-        return flops + objective.decoder_depth * (mix + block)
+        if self.crosses:
+            model, width = config.model, objective.decoder_width
+            mix = 2 * (1 + model.depth) * tokens * model.width
+            block = cross_block_flops(self.predicted, width, tokens, model.width)
+            decoder = objective.decoder_depth * (mix + block)
+        else:
+            decoder = decoder_flops(config, tokens)
+        head = Flops.of(self.head.flops(self.predicted))
+        return {**encoder_modules(config, keep, tokens), "decoder": Flops.of(decoder), "head": head}
 
     def _predicted_ids(self, mask: Mask, epochs: Tensor, positions: Tensor) -> Tensor:
         """The removed patches that are predicted in training, int64 [B, M']: all, or a random part of them."""

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim.config import Config
-from fastmim.flops import embedding_flops
+from fastmim.flops import Flops, add_modules
 from fastmim.masking import Mask
 from fastmim.objectives.base import Images
 from fastmim.objectives.siamese import Siamese
@@ -49,11 +49,8 @@ class RMAE(Siamese):
         """The first branch's predictions of what it has not seen: [B, M, P * P * C]."""
         return self.head(self.first_branch(images, mask), None, mask.ids_mask).pred
 
-    def forward_flops(self) -> int:
-        """Analytic FLOPs of the forward pass of one image."""
-        keep, removed = self.sampler.keep, self.patches - self.sampler.keep
-        return self.branch_flops(keep) + self.branch_flops(removed) + 2 * self.head.flops(removed)
-
-    def step_flops(self) -> int:
-        """Analytic FLOPs of forward and backward of one image; both branches embed, which makes all patches."""
-        return 3 * self.forward_flops() - embedding_flops(self.config, self.patches)
+    def module_flops(self) -> dict[str, Flops]:
+        """Analytic FLOPs of one image by module."""
+        head = Flops.of(self.head.flops(self.patches - self.sampler.keep))
+        second_head = "head" if self.second_head is None else "second_head"
+        return add_modules(self.first_modules(), self.second_modules(), {"head": head}, {second_head: head})

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastmim.config import Config
-from fastmim.flops import decoder_flops, encoder_flops
+from fastmim.flops import Flops, decoder_flops, encoder_modules
 from fastmim.masking import Mask
 from fastmim.models import MAEDecoder
 from fastmim.objectives.base import Objective
@@ -34,6 +34,15 @@ class Siamese(Objective):
         seen = mask.swapped()
         return decoder(self.encoder(images, seen), seen.ids_restore, mask.ids_mask)
 
-    def branch_flops(self, seen: int) -> int:
-        """Analytic FLOPs of the forward pass of a branch that sees this many patches of an image, without head."""
-        return encoder_flops(self.config, seen, 1 + seen) + decoder_flops(self.config, 1 + seen)
+    def first_modules(self) -> dict[str, Flops]:
+        """Analytic FLOPs by module of `first_branch`, for one image."""
+        return self._branch_modules(self.sampler.keep, "decoder", learned=True)
+
+    def second_modules(self, learned: bool = True) -> dict[str, Flops]:
+        """Analytic FLOPs by module of `second_branch`, for one image; no gradients unless `learned`."""
+        decoder = "decoder" if self.second_decoder is None else "second_decoder"
+        return self._branch_modules(self.patches - self.sampler.keep, decoder, learned)
+
+    def _branch_modules(self, seen: int, decoder: str, learned: bool) -> dict[str, Flops]:
+        decoding = Flops.of(decoder_flops(self.config, 1 + seen), gradients=2 if learned else 0)
+        return {**encoder_modules(self.config, seen, 1 + seen, learned), decoder: decoding}

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastmim.config import Config
-from fastmim.flops import encoder_flops
+from fastmim.flops import Flops, encoder_modules
 from fastmim.kernels import gather_tokens
 from fastmim.masking import Mask
 from fastmim.objectives.base import Images, Objective
@@ -43,7 +43,8 @@ class SimMIM(Objective):
         """What the head compares: [B, M, outputs]."""
         return self.head(self.features(images, mask), None, mask.ids_mask).pred
 
-    def forward_flops(self) -> int:
-        """Analytic FLOPs of the forward pass of one image."""
+    def module_flops(self) -> dict[str, Flops]:
+        """Analytic FLOPs of one image by module."""
         keep = self.sampler.keep
-        return encoder_flops(self.config, keep, 1 + self.patches) + self.head.flops(self.patches - keep)
+        head = Flops.of(self.head.flops(self.patches - keep))
+        return {**encoder_modules(self.config, keep, 1 + self.patches), "head": head}

@@ -1,0 +1,374 @@
+"""`fastmim profile`: phases that sum to a step, memory as it is held, and advice from made-up figures."""
+
+import dataclasses
+import json
+import re
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastmim.cli import main
+from fastmim.flops import Flops
+from fastmim.objectives import build_objective
+from fastmim.profiling import timeline as timeline_module
+from fastmim.profiling.advice import advise
+from fastmim.profiling.figures import Figures
+from fastmim.profiling.instruments import instrumented
+from fastmim.profiling.memory import traced_peak
+from fastmim.profiling.report import describe
+from fastmim.profiling.timeline import Timeline
+from tests.launching import SCRIPTS, TINY_YAML, environment, write_images
+from tests.objectives.naive_mae import images_of
+
+BALANCED = Figures(
+    recipe="made up",
+    device="GPU",
+    on_cuda=True,
+    precision="bf16",
+    best_precision="bf16",
+    ranks=2,
+    ranks_here=2,
+    cores=16,
+    micro_batch=64,
+    accumulation=1,
+    steps=10,
+    source="tar",
+    threads=8,
+    zero_stage=1,
+    parameters=10**8,
+    checkpointing=False,
+    compiled=True,
+    seconds={
+        "data": 0.01,
+        "encoder": 0.3,
+        "loss": 0.01,
+        "backward": 0.6,
+        "optimiser": 0.05,
+        "communication": 0.02,
+        "other": 0.01,
+    },
+    fastest=0.9,
+    slowest=1.1,
+    flops={"patch_embed": Flops(10**9, 10**9), "encoder": Flops(10**12, 2 * 10**12)},
+    peak_flops=4e14,
+    memory={"parameters": 2 * 10**8, "buckets": 2 * 10**8, "gradients": 10**8, "activations": 55 * 10**9},
+    peak_memory=56 * 10**9,
+    memory_limit=80 * 10**9,
+)
+ON_CPU = {"on_cuda": False, "device": "cpu", "compiled": False}
+
+
+def changed(seconds=(), **values) -> Figures:
+    """`BALANCED` with other values; the seconds of some phases are replaced."""
+    return dataclasses.replace(BALANCED, seconds={**BALANCED.seconds, **dict(seconds)}, **values)
+
+
+def test_a_balanced_step_needs_no_advice():
+    assert advise(BALANCED) == []
+    assert describe(BALANCED, []).endswith("nothing to advise: no part stands out")
+
+
+ADVICE = {
+    "data, few threads": (
+        changed({"data": 0.25}, threads=2),
+        ["waits for data for 20%", "data.threads=8 (now 2)", "mask.repeats=2"],
+        ["tar shards", "GPU decodes"],
+    ),
+    "data, a folder on a CPU": (
+        changed({"data": 0.25}, source="folder", **ON_CPU),
+        ["waits for data for 20%", "tar shards or an .npy array", "a GPU decodes JPEG"],
+        ["data.threads"],
+    ),
+    "data, an array": (changed({"data": 0.25}, source="npy"), ["mask.repeats"], ["tar", "decodes JPEG"]),
+    "memory": (
+        changed(peak_memory=76 * 10**9),
+        [
+            "memory is 95% full, most of it activations (51.2 GiB)",
+            "activation_checkpointing=true",
+            "zero_optimization.stage=2 (now 1)",
+            "optim.accumulation=2 (now 1)",
+        ],
+        [],
+    ),
+    "memory, and nothing left to do": (
+        changed(peak_memory=76 * 10**9, checkpointing=True, zero_stage=3, micro_batch=1),
+        ["memory is 95% full", "a smaller model"],
+        ["zero_optimization", "accumulation"],
+    ),
+    "communication": (
+        changed({"communication": 0.3}, zero_stage=3),
+        ["communication takes 23% of a step", "stage=1 (now 3)"],
+        [],
+    ),
+    "communication, without ZeRO": (changed({"communication": 0.3}, zero_stage=0), ["23%"], ["stage"]),
+    "optimiser": (
+        changed({"optimiser": 0.2375}, zero_stage=0),
+        ["the optimiser takes 20% of a step", "more than 64 images", "stage=1 shares it"],
+        [],
+    ),
+    "low utilisation": (
+        changed(compiled=False, precision="fp32", peak_flops=1e15, peak_memory=10**10),
+        [
+            "reaches 20% of the measured peak",
+            "train.precision=bf16 (now fp32)",
+            "train.compile=true",
+            "12% full",
+        ],
+        [],
+    ),
+    "low utilisation of a CPU": (
+        changed(peak_flops=1e15, peak_memory=10**10, **ON_CPU),
+        ["reaches 20%", "a larger optim.batch_size"],
+        ["compile"],
+    ),
+    "the loop": (changed({"other": 0.25}), ["20% of a step (250.0 ms) is the loop around the model"], []),
+    "ranks without cores": (changed(cores=1, threads=1, **ON_CPU), ["2 ranks share 1 cores"], []),
+    "buckets": (
+        changed(memory={**BALANCED.memory, "buckets": 10**9}),
+        ["buckets of 954 MiB", "reduce_bucket_size=100000000"],
+        [],
+    ),
+    "needless checkpointing": (
+        changed(checkpointing=True, peak_memory=20 * 10**9),
+        ["memory is 25% full with train.activation_checkpointing=true"],
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ADVICE)
+def test_advice_follows_from_the_figures(case):
+    figures, wanted, unwanted = ADVICE[case]
+    advice = advise(figures)
+    assert len(advice) == 1, advice
+    assert all(words in advice[0] for words in wanted), advice
+    assert not any(words in advice[0] for words in unwanted), advice
+
+
+def test_waiting_for_data_is_no_low_utilisation():
+    advice = advise(changed({"data": 9.0}))
+    assert len(advice) == 1 and advice[0].startswith("a step waits for data for 90%")
+
+
+def test_the_report_sums_and_gives_flops_to_phases():
+    told = describe(BALANCED, advise(BALANCED))
+    rows = {line.split()[0]: line.split()[1:] for line in told.splitlines() if line}
+    assert rows["step"][:2] == ["1000.00", "100.0%"]
+    # 64 images of 1e12 in 0.3 s against a peak of 4e14.
+    assert rows["backward"] == ["600.00", "60.0%", "128064.00", "53.4%"]
+    assert rows["optimiser"] == ["50.00", "5.0%"]
+    assert "2 steps" not in told and "128 images/s" in told
+
+
+class Clock:
+    """Tells the time that a test set."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(timeline_module.time, "perf_counter", lambda: self.now)
+
+
+def test_a_moment_belongs_to_the_innermost_phase(monkeypatch):
+    clock, timeline = Clock(monkeypatch), Timeline(torch.device("cpu"))
+    with timeline.phase("before the first step"):
+        clock.now = 5.0
+    for seconds in (1.0, 2.0):
+        timeline.start_step()
+        clock.now += 0.125
+        with timeline.phase("backward"):
+            clock.now += seconds
+            with timeline.phase("communication"):
+                clock.now += 0.5
+            clock.now += seconds
+    timeline.start_step()
+    assert timeline.seconds(0, 2) == [
+        {"other": 0.125, "backward": 2.0, "communication": 0.5},
+        {"other": 0.125, "backward": 4.0, "communication": 0.5},
+    ]
+
+
+def test_a_phase_that_raises_is_closed(monkeypatch):
+    timeline = Timeline(torch.device("cpu"))
+    timeline.start_step()
+    with pytest.raises(RuntimeError), timeline.phase("encoder"):
+        raise RuntimeError
+    timeline.start_step()
+
+
+class Engine:
+    """What a trainer calls of DeepSpeed's."""
+
+    def __init__(self, objective):
+        self.module = objective
+
+    def __call__(self, batch):
+        return self.module(batch)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        return None
+
+
+def hooks_of(module):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+PHASES = {
+    "mae": {"gather", "encoder", "decoder", "loss"},
+    "cae": {"gather", "encoder", "regressor", "decoder", "loss"},
+    "r_mae": {"gather", "encoder", "decoder", "second_decoder", "loss"},
+    "c_mae": {"gather", "encoder", "decoder", "second_decoder", "projection", "second_projection", "loss"},
+    "dvae": {"encoder", "decoder", "loss"},
+    "cae_v2": {"gather", "encoder", "regressor", "teacher", "loss"},
+}
+SMALL = ["objective.decoder_width=16", "objective.decoder_depth=1", "objective.decoder_heads=2"]
+OVERRIDES = {
+    "cae": ["target.kind=pixels"],
+    "cae_v2": [
+        *["target.teacher=vit_tiny_patch16_224", "target.teacher_weights=random"],
+        *["data.image_size=224", "model.patch_size=16"],
+    ],
+    "r_mae": SMALL,
+    "c_mae": SMALL,
+    "dvae": ["objective.hidden=4", "objective.tokens=8"],
+}
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_phases_of_an_objective_come_and_go(tiny_config, name):
+    changes = [] if name == "mae" else [f"objective.name={name}"]
+    objective = build_objective(tiny_config(*changes, *OVERRIDES.get(name, [])))
+    places = torch.arange(2)
+    batch = SimpleNamespace(images=images_of(objective.config, 2), epochs=places * 0, positions=places)
+    engine, timeline, loader = Engine(objective), Timeline(torch.device("cpu")), [batch] * 4
+    trainer = SimpleNamespace(
+        engine=engine,
+        objective=objective,
+        loader=loader,
+        ranks=SimpleNamespace(world_size=2),
+        config=SimpleNamespace(optim=SimpleNamespace(accumulation=2)),
+    )
+    hooks, wait, barrier = hooks_of(objective), vars(dist.Work)["wait"], vars(dist.ProcessGroup)["barrier"]
+    with instrumented(trainer, timeline, timeline.start_step):
+        batches = iter(trainer.loader)
+        for _ in range(2):
+            for _ in range(2):
+                engine.backward(engine(next(batches))["loss"])
+                engine.step()
+        timeline.start_step()
+    first, second = timeline.seconds(0, 2)
+    assert first.keys() == second.keys() == PHASES[name] | {"data", "backward", "optimiser", "other"}
+    modules = set(objective.module_flops()) - {"patch_embed", "head", "second_head", "contrast"}
+    assert modules <= PHASES[name]  # so that their FLOPs have a time
+    # A run that is not profiled has no hook, no range and torch's own collectives.
+    assert hooks_of(objective) == hooks and trainer.loader is loader
+    assert vars(engine).keys() == {"module"} and "sample_mask" not in vars(objective)
+    assert vars(dist.Work)["wait"] is wait and vars(dist.ProcessGroup)["barrier"] is barrier
+
+
+def test_the_peak_of_a_trace_is_above_its_start():
+    def event(ts, size, device=0):
+        return {"name": "[memory]", "ts": ts, "args": {"Bytes": size, "Device Type": device}}
+
+    events = [event(4, -300), event(1, 100), event(2, 250), event(3, 10**6, device=1), {"name": "aten::mm"}]
+    assert traced_peak([*events, event(5, 200)]) == 350
+
+
+def arguments(folder, *overrides):
+    out = ["--out", str(folder / "out"), "--json", str(folder / "deep" / "figures.json")]
+    steps = ["--steps", "2", "--warmup", "1"]
+    return ["profile", str(folder / "tiny.yaml"), *out, *steps, f"data.source={folder}/images", *overrides]
+
+
+def profiled(tmp_path, *overrides, ranks=1):
+    """What the command says, its figures and its trace, of real JPEGs."""
+    write_images(tmp_path / "images", 8, suffix=".jpg")
+    (tmp_path / "tiny.yaml").write_text(TINY_YAML)
+    starter = [sys.executable, "-m"]
+    if ranks > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        starter = [str(SCRIPTS / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, "--module"]
+    done = subprocess.run(
+        [*starter, "fastmim.cli", *arguments(tmp_path, *overrides)],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "deep" / "figures.json").read_text())
+    return done.stdout, figures, json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
+
+
+def test_the_command_tells_time_flops_memory_and_writes_a_trace(tmp_path):
+    told, figures, trace = profiled(tmp_path, "output=run", "optim.accumulation=2", "optim.epochs=1.5")
+    assert "2 steps of 8 images in 2 parts" in told and "peak resident in the process" in told
+    rows = dict(re.findall(r"^(\w+) +[\d.]+ +([\d.]+)%", told, flags=re.MULTILINE))
+    assert sum(map(float, rows.values())) == pytest.approx(200, abs=1)  # the phases, and the step itself
+    phases = {"data", "gather", "encoder", "decoder", "loss", "backward", "optimiser"}
+    assert figures["seconds"].keys() == phases | {"other"}
+    assert sum(figures["seconds"].values()) == pytest.approx(figures["step_seconds"])
+    assert figures["fastest"] <= figures["step_seconds"] <= figures["slowest"]
+    flops = sum(sum(part.values()) for part in figures["flops"].values())
+    assert figures["mfu"] == pytest.approx(8 * flops / figures["step_seconds"] / figures["peak_flops"])
+    # Float32 without ZeRO: gradients, and two moments with a step count each.
+    size = 4 * figures["parameters"]
+    memory = figures["memory"]
+    assert memory["parameters"] == size and memory["buckets"] == 0
+    assert memory["gradients"] == pytest.approx(size, rel=0.001)
+    assert 2 * size < memory["optimiser"] < 2.1 * size
+    assert memory["activations"] > 0
+    ranges = [event for event in trace if event.get("cat") == "user_annotation"]
+    assert phases <= {event["name"] for event in ranges}
+    steps = [event for event in ranges if event["name"] == "step"]
+    assert len(steps) == 3
+    encoders = [event for event in ranges if event["name"] == "encoder"]
+    assert len(encoders) == 2 * 2 * 3  # blocks and last norm, of each half of each step
+    inside = [
+        any(
+            step["ts"] <= event["ts"] <= event["ts"] + event["dur"] <= step["ts"] + step["dur"]
+            for step in steps
+        )
+        for event in ranges
+        if event["name"] in phases
+    ]
+    assert all(inside)
+    assert not (tmp_path / "run").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "tiny.yaml", "out", "deep"}
+
+
+def test_two_ranks_tell_their_communication_and_shares_of_the_optimiser(tmp_path):
+    told, figures, trace = profiled(tmp_path, "deepspeed.zero_optimization.stage=1", ranks=2)
+    assert told.count("of step") == 1 and "rank 0 of 2: 2 steps of 4 images" in told
+    assert figures["seconds"]["communication"] > 0
+    assert "communication" in {event["name"] for event in trace if event.get("cat") == "user_annotation"}
+    size = 4 * figures["parameters"]
+    assert figures["memory"]["parameters"] == pytest.approx(size, rel=0.01)
+    # Half of the float32 masters and of the two moments.
+    assert figures["memory"]["optimiser"] == pytest.approx(1.5 * size, rel=0.05)
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(TINY_YAML)
+    run = tmp_path / "out"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    assert main(arguments(tmp_path)) == 2
+    assert f"fastmim profile: --out {run} is the folder of a run" in capsys.readouterr().err
+    assert main(["profile", "quickstart", "data.source=null", "--out", str(tmp_path / "new")]) == 2
+    assert "data.source is not set" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(SystemExit):
+        main(["profile", "quickstart", "--steps", "0"])
+    assert "argument --steps: invalid" in capsys.readouterr().err
