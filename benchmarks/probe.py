@@ -1,6 +1,5 @@
 """A linear probe of the demo photographs: is a solar cell defective, from frozen features."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastmim.config import Config
+from fastmim.data.demo import cell_labels
 from fastmim.data.index import build_index
 from fastmim.evaluate.config import KnnConfig
 from fastmim.evaluate.features import FeatureExtractor
@@ -23,16 +23,12 @@ def labelled_cells(config: Config, folders: list[Path]) -> list[LabelledImages]:
 
     A probability of a defect above one half is a defect.
     """
-    path = Path(find_spec("elpv_dataset").origin).parent / "data" / "labels.csv"
-    rows = [line.split() for line in path.read_text().splitlines()]
-    defective = {Path(name).name: float(probability) > 0.5 for name, probability, _ in rows}
+    names, label_of = ("whole", "defective"), cell_labels()
     parts = []
     for folder in folders:
         index = build_index(str(folder), config.data, progress=False)
-        labels = [defective[Path(index.name(i)).name] for i in range(len(index))]
-        parts.append(
-            LabelledImages(index, np.arange(len(index)), np.array(labels, np.int64), ("whole", "defective"))
-        )
+        labels = [names.index(label_of[Path(index.name(i)).name]) for i in range(len(index))]
+        parts.append(LabelledImages(index, np.arange(len(index)), np.array(labels, np.int64), names))
     return parts
 
 
