@@ -1,17 +1,20 @@
 """The `fastmim` command. Each sub-command imports what it needs when it runs, so that help is quick."""
 
 import argparse
+import os
 import sys
 
 from fastmim import recipes
 from fastmim.errors import ConfigError, FastmimError
-from fastmim.evaluate.config import PROTOCOLS
+from fastmim.evaluate.protocols import PROTOCOLS
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a sub-command; the exit code is 0, or 2 after one line that says what was wrong."""
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", args.local_rank)
     # An override may stand after an option: argparse leaves it over.
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -20,7 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         args.run(args)
     except FastmimError as error:
-        print(f"fastmim {args.command}: {error}", file=sys.stderr)
+        if _is_first() or not error.everywhere:
+            print(f"fastmim {args.command}: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         print(
@@ -31,10 +35,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _is_first() -> bool:
+    """Whether this process is the one that tells what all ranks know."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastmim", description="Masked-image pre-training: tools around launch.py."
     )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher's
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     config = commands.add_parser("config", help="print a resolved recipe, with where each value comes from")
@@ -85,18 +95,34 @@ def _parser() -> argparse.ArgumentParser:
     cka.add_argument("--batch", type=int, default=64, help="images that are compared at once (default 64)")
     cka.set_defaults(run=_cka)
 
-    evaluate = commands.add_parser("evaluate", help="measure a frozen encoder on labelled images")
+    evaluate = commands.add_parser("evaluate", help="measure an encoder on labelled images")
     evaluate.add_argument("protocol", metavar="PROTOCOL", choices=list(PROTOCOLS), help=", ".join(PROTOCOLS))
     evaluate.add_argument("--weights", required=True, metavar="RUN", help="a run, checkpoint or weights file")
     evaluate.add_argument("--data", required=True, metavar="SOURCE", help="training images, like data.source")
     evaluate.add_argument(
         "--test", metavar="SOURCE", help="test images (default: a share of each class of --data)"
     )
-    evaluate.add_argument("--out", required=True, metavar="FOLDER", help="for eval.json and confusion.png")
+    evaluate.add_argument("--out", required=True, metavar="FOLDER", help="for eval.json and pictures")
+    evaluate.add_argument(
+        "--recipe",
+        metavar="RECIPE",
+        help=f"{', '.join(recipes.evaluations())}, or a YAML file (default: the paper's)",
+    )
     evaluate.add_argument("--ema", action="store_true", help="use the averaged weights")
     evaluate.add_argument("--force", action="store_true", help="replace what is in FOLDER")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the protocol")
     evaluate.set_defaults(run=_evaluate)
+
+    profile = commands.add_parser("profile", help="tell where the time and memory of a recipe's steps go")
+    profile.add_argument("recipe", metavar="RECIPE", help="as for config; data.source is read")
+    profile.add_argument(
+        "--out", default="profile", metavar="FOLDER", help="for trace.json (default profile)"
+    )
+    profile.add_argument("--json", metavar="FILE", help="write the figures too")
+    profile.add_argument("--steps", type=_positive, default=10, help="how many are measured (default 10)")
+    profile.add_argument("--warmup", type=_positive, default=5, help="steps before them (default 5)")
+    profile.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change the recipe")
+    profile.set_defaults(run=_profile)
 
     export = commands.add_parser(
         "export", help="write weights for timm, transformers or facebookresearch/mae"
@@ -136,11 +162,22 @@ def _parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="make a known data set ready")
     data.add_argument(
-        "name", choices=["elpv"], help="elpv: 2,624 photographs of solar cells, from elpv-dataset"
+        "name",
+        choices=["elpv", "fashion-mnist", "idx"],
+        help="elpv: 2,624 photographs of solar cells, from elpv-dataset; fashion-mnist: from Debian's "
+        "dataset-fashion-mnist; idx: any set in the files of MNIST",
     )
+    data.add_argument("--idx", metavar="DIR", help="where the IDX files are, packed by gzip or not")
     data.add_argument("--out", required=True, metavar="FOLDER")
     data.set_defaults(run=_data)
     return parser
+
+
+def _positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def _config(args: argparse.Namespace) -> None:
@@ -181,18 +218,31 @@ def _cka(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from fastmim.evaluate.run import evaluate
 
-    print(
-        evaluate(
-            args.protocol,
-            args.weights,
-            args.data,
-            args.test,
-            args.out,
-            args.overrides,
-            ema=args.ema,
-            force=args.force,
-        )
+    told = evaluate(
+        args.protocol,
+        args.weights,
+        args.data,
+        args.test,
+        args.out,
+        args.overrides,
+        recipe=args.recipe,
+        ema=args.ema,
+        force=args.force,
     )
+    if _is_first():
+        print(told)
+
+
+def _profile(args: argparse.Namespace) -> None:
+    # Before torch is loaded: its profiler tells of each start, and of a GPU that is not there.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from fastmim.profiling.run import profile
+
+    config = recipes.load(args.recipe, args.overrides)
+    told = profile(args.recipe, config, args.out, args.json, args.steps, args.warmup)
+    if told is not None:
+        print(told)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -213,10 +263,22 @@ def _import(args: argparse.Namespace) -> None:
 def _data(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from fastmim.data.demo import prepare_elpv
+    if args.name == "elpv":
+        from fastmim.data.demo import LABELS, prepare_elpv
 
-    prepare_elpv(Path(args.out))
-    print(f"{args.out}/train and {args.out}/heldout are ready")
+        if args.idx is not None:
+            raise ConfigError(
+                f"--idx {args.idx} with elpv, which is a package's; expected fashion-mnist or idx"
+            )
+        prepare_elpv(Path(args.out))
+        print(f"{args.out}/train, {args.out}/heldout and {args.out}/{LABELS} are ready")
+        return
+    from fastmim.data.idx import FASHION_MNIST, prepare_idx
+
+    if args.name == "idx" and args.idx is None:
+        raise ConfigError("idx without --idx; expected the folder of the files")
+    prepare_idx(Path(args.idx or FASHION_MNIST), Path(args.out))
+    print(f"{args.out}: train.npy and test.npy, train_labels.npy and test_labels.npy are ready")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,15 @@ def _as_pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _as_list(value: Any) -> Any:
+def as_list(value: Any) -> Any:
+    """One number as a list of it; for fields that take one or several."""
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 Positive = Annotated[int, Field(gt=0)]
 HeightWidth = Annotated[tuple[Positive, Positive], BeforeValidator(_as_pair)]
-PerChannel = Annotated[list[float], BeforeValidator(_as_list)]
-Numbers = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(_as_list)]
+PerChannel = Annotated[list[float], BeforeValidator(as_list)]
+Numbers = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), BeforeValidator(as_list)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 

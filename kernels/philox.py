@@ -14,7 +14,7 @@ _LOW = 0xFFFFFFFF
 
 # The last counter word names what a draw is for, so that no two purposes share random bits.
 STREAM_ORDER, STREAM_CROP, STREAM_FLIP, STREAM_COLOR, STREAM_MASK, STREAM_SUBSTITUTE, STREAM_DROP = range(7)
-STREAM_BLOCK, STREAM_BLOCK_FILL, STREAM_GRID, STREAM_SUBSET = range(7, 11)
+STREAM_BLOCK, STREAM_BLOCK_FILL, STREAM_GRID, STREAM_SUBSET, STREAM_AUGMENT, STREAM_MIX = range(7, 13)
 
 
 def philox_4x32(seed: int, c0: Any, c1: Any, c2: Any, c3: Any, rounds: int = 10) -> tuple[Any, Any, Any, Any]:

@@ -3,25 +3,25 @@
 import numpy as np
 import torch
 
-from fastmim.evaluate.config import FewShotConfig
 from fastmim.evaluate.features import FeatureExtractor
-from fastmim.evaluate.labels import LabelledImages, draw_shots
+from fastmim.evaluate.job import Job
+from fastmim.evaluate.labels import draw_shots
 from fastmim.evaluate.linear import convergence
 from fastmim.evaluate.logistic import fit_logistic
 from fastmim.evaluate.scores import Outcome, accuracy, best_classes
 
 
-def evaluate_few_shot(
-    extractor: FeatureExtractor, train: LabelledImages, test: LabelledImages, config: FewShotConfig
-) -> Outcome:
+def evaluate_few_shot(job: Job) -> Outcome:
     """Classify all test images once for each draw; accuracies are means over the draws.
 
     Raises:
         DataError: a class has fewer training images than `shots`.
     """
+    config, train, test = job.config, job.train, job.test
     drawn = [draw_shots(train, config.shots, config.seed, draw) for draw in range(config.draws)]
     # Only drawn images are decoded, once each: of a large set they are few.
     used = np.unique(np.concatenate(drawn))
+    extractor = FeatureExtractor.of(job)
     features = extractor.centre(train.take(used))
     asked, labels = extractor.centre(test), torch.from_numpy(test.labels)
     outcomes, rows = [], []

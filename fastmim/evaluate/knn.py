@@ -7,20 +7,26 @@ from torch import Tensor
 from fastmim.errors import ConfigError
 from fastmim.evaluate.config import KnnConfig
 from fastmim.evaluate.features import FeatureExtractor
+from fastmim.evaluate.job import Job
 from fastmim.evaluate.labels import LabelledImages
 from fastmim.evaluate.scores import Outcome, best_classes
 
 _TEST_BLOCK, _TRAIN_BLOCK = 512, 16384
 
 
-def evaluate_knn(
-    extractor: FeatureExtractor, train: LabelledImages, test: LabelledImages, config: KnnConfig
-) -> Outcome:
+def evaluate_knn(job: Job) -> Outcome:
     """Classify by the votes of the nearest training images.
 
     Raises:
         ConfigError: more neighbours than training images.
     """
+    return ask_neighbours(FeatureExtractor.of(job), job.train, job.test, job.config)
+
+
+def ask_neighbours(
+    extractor: FeatureExtractor, train: LabelledImages, test: LabelledImages, config: KnnConfig
+) -> Outcome:
+    """As `evaluate_knn`, by an extractor's features."""
     if config.k > len(train):
         raise ConfigError(f"k={config.k}; expected at most the {len(train)} training images")
     keys, queries = (F.normalize(extractor.centre(images), dim=1) for images in (train, test))

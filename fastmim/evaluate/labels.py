@@ -5,6 +5,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,12 @@ class LabelledImages:
         """The images at some places, int64 [m]."""
         return LabelledImages(self.index, self.rows[places], self.labels[places], self.class_names)
 
+    def labels_of(self, rows: np.ndarray) -> np.ndarray:
+        """The labels of some of the index's images, int64 [m], which are all among these."""
+        place = np.full(len(self.index), -1)
+        place[self.rows] = self.labels
+        return place[rows]
+
     def fingerprint(self) -> str:
         """SHA-256 of the index's fingerprint, the rows, the labels and the names of the classes."""
         digest = hashlib.sha256(
@@ -48,6 +55,10 @@ class LabelledImages:
         for column in (self.rows, self.labels):
             digest.update(np.ascontiguousarray(column, "<i8").data)
         return digest.hexdigest()
+
+    def described(self) -> dict[str, Any]:
+        """What eval.json tells of them."""
+        return {"images": len(self), "classes": len(self.class_names), "sha256": self.fingerprint()}
 
 
 def read_labelled(source: str, config: DataConfig, labels: str | None, option: str) -> LabelledImages:

@@ -65,7 +65,7 @@ def summary(outcome: Outcome, class_names: tuple[str, ...]) -> dict[str, Any]:
 
 def draw_confusion(path: Path, matrix: Tensor, class_names: tuple[str, ...], title: str) -> None:
     """Draw a confusion matrix, each row as shares of its class; names and numbers while they can be read."""
-    shares = (matrix.double() / matrix.sum(1, keepdim=True)).numpy()
+    shares = (matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
     n = len(class_names)
     side = 2.5 + min(0.32 * max(n, 4), 10)
     figure, axis = plt.subplots(figsize=(side + 1, side))

@@ -124,7 +124,7 @@ class Blocks(nn.Module):
         checkpointing: bool = False,
     ):
         super().__init__()
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()  # of a model on meta too
         self.checkpointing = checkpointing
         self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, rate, attention) for rate in rates)
 

@@ -2,6 +2,7 @@
 
 import difflib
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -14,12 +15,18 @@ from fastmim.errors import ConfigError
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
+_RUNS = resources.files(__name__)
+_EVALUATIONS = _RUNS / "evaluate"
+
 
 def names() -> list[str]:
     """The recipes that are installed."""
-    return sorted(
-        entry.name[:-5] for entry in resources.files(__name__).iterdir() if entry.name.endswith(".yaml")
-    )
+    return sorted(entry.name[:-5] for entry in _RUNS.iterdir() if entry.name.endswith(".yaml"))
+
+
+def evaluations() -> list[str]:
+    """The recipes of `fastmim evaluate` that are installed."""
+    return sorted(entry.name[:-5] for entry in _EVALUATIONS.iterdir() if entry.name.endswith(".yaml"))
 
 
 def load(recipe: str, overrides: list[str] | None = None) -> Config:
@@ -37,13 +44,33 @@ def load(recipe: str, overrides: list[str] | None = None) -> Config:
 
 def load_with_sources(recipe: str, overrides: list[str] | None = None) -> tuple[Config, dict[str, str]]:
     """Like `load`, with a map from each key that was set to where it was set."""
-    values = _read(recipe)
+    values = _read(recipe, "--config", _RUNS, names())
     sources = dict.fromkeys(_leaves(values), recipe)
     for key, value in _apply(values, overrides or []):
         sources = {k: v for k, v in sources.items() if k != key and not k.startswith(f"{key}.")}
         sources |= dict.fromkeys(_leaves({key: value}), "command line")
     held = set(_leaves(values))
     return build(values), {key: source for key, source in sources.items() if key in held}
+
+
+def load_evaluation(schema: type[Schema], protocol: str, recipe: str | None, overrides: list[str]) -> Schema:
+    """Resolve the settings of an evaluation.
+
+    Args:
+        schema: of the protocol.
+        protocol: its name, which a recipe tells too.
+        recipe: one of `evaluations`, or the path of a YAML file; None takes the schema's defaults.
+        overrides: as of `load`.
+
+    Raises:
+        ConfigError: as `load`, or a recipe of another protocol.
+    """
+    values = {} if recipe is None else _read(recipe, "--recipe", _EVALUATIONS, evaluations())
+    own = values.pop("protocol", protocol if recipe is None else None)
+    if own != protocol:
+        raise ConfigError(f"--recipe {recipe}: protocol={own!r}; expected {protocol!r}, which is evaluated")
+    _apply(values, overrides)
+    return build_as(schema, values)
 
 
 def override(overrides: list[str]) -> Config:
@@ -106,33 +133,29 @@ _Dumper.add_representer(
 )
 
 
-def _read(recipe: str) -> dict[str, Any]:
+def _read(recipe: str, option: str, folder: Traversable, installed: list[str]) -> dict[str, Any]:
+    """The mapping in a recipe: one of those `installed` in a folder, or a file of the person's."""
+    told = f"{option} {recipe}"
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise ConfigError(
-                f"--config {recipe}: no such file; expected a YAML file or one of {', '.join(names())}"
-            )
+            raise ConfigError(f"{told}: no such file; expected a YAML file or one of {', '.join(installed)}")
         try:
             text = path.read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--config {recipe}: cannot be read as text ({error})") from None
-    elif recipe in names():
-        text = (resources.files(__name__) / f"{recipe}.yaml").read_text()
+            raise ConfigError(f"{told}: cannot be read as text ({error})") from None
+    elif recipe in installed:
+        text = (folder / f"{recipe}.yaml").read_text()
     else:
-        raise ConfigError(
-            f"--config {recipe}: unknown recipe; expected one of {', '.join(names())} or a .yaml file"
-        )
+        raise ConfigError(f"{told}: unknown recipe; expected one of {', '.join(installed)} or a .yaml file")
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config {recipe}: not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{told}: not YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"--config {recipe}: holds a {type(values).__name__}; expected a mapping of sections"
-        )
+        raise ConfigError(f"{told}: holds a {type(values).__name__}; expected a mapping of sections")
     return values
 
 

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from fastmim.evaluate.config import LinearConfig
-from fastmim.evaluate.linear import Heads, _outcome, _regroup, train_heads
+from fastmim.evaluate.features import regroup
+from fastmim.evaluate.linear import Heads, train_heads
+from fastmim.evaluate.sweep import outcome_of_best
 
 WIDTH, CLASSES, BATCH = 6, 3, 10
 
@@ -81,7 +83,7 @@ def test_heads_side_by_side_are_heads_trained_alone():
 
 def test_the_test_images_decide_nothing():
     right, wrong = torch.eye(CLASSES)[Train.labels], torch.eye(CLASSES)[(Train.labels + 1) % CLASSES]
-    told = _outcome([{}, {}, {}], [0.2, 0.9, 0.5], [right, wrong, right], Train())
+    told = outcome_of_best([{}, {}, {}], [0.2, 0.9, 0.5], [right, wrong, right], Train())
     assert [row["chosen"] for row in told.details["sweep"]] == [False, True, False]
     assert [row["test_top1"] for row in told.details["sweep"]] == [1, 0, 1]
     assert torch.equal(told.best[:, 0], wrong.argmax(1))
@@ -90,6 +92,6 @@ def test_the_test_images_decide_nothing():
 def test_regrouping_keeps_the_order_and_drops_the_rest():
     for parts in ([7, 7, 7, 4], [25], [3] * 8 + [1], [10, 10, 5]):
         rows = torch.arange(25)
-        batches = list(_regroup(zip(rows[:, None].split(parts), rows.split(parts), strict=True), 10))
+        batches = list(regroup(zip(rows[:, None].split(parts), rows.split(parts), strict=True), 10))
         assert [labels.tolist() for _, labels in batches] == [list(range(10)), list(range(10, 20))]
         assert all(torch.equal(features[:, 0], labels) for features, labels in batches)

@@ -1,0 +1,75 @@
+"""Files from which an evaluation that was stopped goes on; they are removed when its result is there."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmim.errors import CheckpointError
+from fastmim.evaluate.identity import difference
+
+_SUFFIX = ".unfinished"
+_UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError)
+
+
+def save_state(folder: Path, name: str, identity: dict[str, Any], state: dict[str, Any]) -> None:
+    """Replace the file of `name`; a crash leaves the old one or the new one.
+
+    Args:
+        folder: of the evaluation.
+        name: of the part of the evaluation.
+        identity: what makes the evaluation the same one; JSON.
+        state: tensors, numbers, text, lists and mappings.
+    """
+    temporary = _path(folder, f".{name}")
+    with temporary.open("wb") as file:
+        torch.save({"identity": identity, "state": state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(_path(folder, name))
+
+
+def load_state(folder: Path, name: str, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """What `save_state` wrote, with its tensors on the CPU; None where there is nothing.
+
+    Raises:
+        CheckpointError: it is of another evaluation, or cannot be read.
+    """
+    path = _path(folder, name)
+    if not path.exists():
+        return None
+    try:
+        found = _read(path)
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); remove it to start anew") from None
+    if differing := difference(found["identity"], identity):
+        key, there, here = differing
+        raise CheckpointError(
+            f"{path} was left by an evaluation with {key}={there!r}, this one has {here!r}; expected another --out, "
+            "or --force"
+        )
+    return found["state"]
+
+
+def remove_states(folder: Path, but: dict[str, Any] | None = None) -> None:
+    """Remove what every part left, and of the evaluation `but` only what is not whole."""
+    for path in folder.glob(f"*{_SUFFIX}"):
+        if but is None or path.name.startswith(".") or _identity_in(path) != but:
+            path.unlink()
+
+
+def _identity_in(path: Path) -> dict[str, Any] | None:
+    try:
+        return _read(path)["identity"]
+    except _UNREADABLE:
+        return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name}{_SUFFIX}"

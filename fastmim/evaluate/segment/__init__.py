@@ -1,0 +1,1 @@
+"""Semantic segmentation: a head on an encoder's maps, trained on images with masks, measured by mIoU."""
