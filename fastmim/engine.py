@@ -5,14 +5,17 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 from torch import nn
 
 from fastmim.config import Config
 from fastmim.errors import ConfigError
-from fastmim.optim import GuardedAdamW, parameter_groups
+from fastmim.optim import GuardedAdamW, MasterAdamW, parameter_groups
 from fastmim.ranks import Ranks, cores_per_rank
+
+_BUCKET_SIZE = 500_000_000
 
 
 def deepspeed_config(config: Config, precision: str, micro_batch: int) -> dict[str, Any]:
@@ -60,23 +63,54 @@ def build_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """The engine that computes, reduces and applies gradients, with its optimiser.
 
+    On one rank, stages 1 and 2 of ZeRO would shard nothing: unless they offload, the engine steps without them.
+
     Args:
         config: of the run.
-        objective: what is trained.
+        objective: what is trained; its parameters take the precision.
         precision: bf16, fp16 or fp32.
         micro_batch: images per rank and backward pass.
     """
     completed = deepspeed_config(config, precision, micro_batch)
-    groups = parameter_groups(objective, config.optim.weight_decay)
-    options: dict[str, Any] = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps}
     zero = config.deepspeed.get("zero_optimization", {})
-    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+    alone = dist.get_world_size() == 1 and config.zero_stage < 3 and not _offloads(zero, "optimizer")
+    # DeepSpeed's own 16-bit optimisers without ZeRO count a step more than they made, so they are not used for bf16.
+    guarded = (alone or config.zero_stage == 0) and precision != "fp16"
+    groups = parameter_groups(objective, config.optim.weight_decay)
+    # The trainer sets the learning rate of each step; what DeepSpeed does while it starts must change nothing.
+    options: dict[str, Any] = {"lr": 0.0, "betas": config.optim.betas, "eps": config.optim.eps}
+    if guarded and precision == "bf16":
+        for parameter in objective.parameters():
+            parameter.data = parameter.data.bfloat16()
+        optimizer = MasterAdamW(groups, config.optim.clip_grad, **options)
+        del completed["bf16"]
+    elif guarded:
+        optimizer = GuardedAdamW(groups, config.optim.clip_grad, **options)
+    elif _offloads(zero, "optimizer"):
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles itself, so only where it is asked for
 
         optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    elif config.zero_stage == 0 and precision == "fp32":
-        optimizer = GuardedAdamW(groups, config.optim.clip_grad, **options)
-        completed["gradient_clipping"] = 0.0
     else:
         optimizer = torch.optim.AdamW(groups, fused=True, **options)
-    return deepspeed.initialize(model=objective, optimizer=optimizer, config=completed)[0]
+    if guarded:
+        completed["gradient_clipping"] = 0.0  # it clips
+        completed.pop("zero_optimization", None)
+    elif config.zero_stage:
+        completed["zero_optimization"] = {"reduce_bucket_size": _bucket_size(objective), **zero}
+    engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=completed)[0]
+    if guarded and alone:
+        engine.enable_backward_allreduce = False
+    elif precision == "fp16" and config.zero_stage == 0:
+        # It makes a step without gradients to allocate its state, which Adam's bias correction must not count.
+        for state in optimizer.state.values():
+            state["step"].zero_()
+    return engine
+
+
+def _offloads(zero: dict[str, Any], what: str) -> bool:
+    return (zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
+
+
+def _bucket_size(objective: nn.Module) -> int:
+    """Elements of ZeRO's buckets, which it allocates whole in every step: DeepSpeed's default, or all there are."""
+    return min(_BUCKET_SIZE, sum(p.numel() for p in objective.parameters()))

@@ -60,3 +60,60 @@ class GuardedAdamW(torch.optim.AdamW):
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, self.grad_norm)
         self.found_inf = (~self.grad_norm.isfinite()).float()
         return super().step(closure)
+
+
+class MasterAdamW(GuardedAdamW):
+    """`GuardedAdamW` on float32 copies of 16-bit parameters, which follow them.
+
+    A rank that is alone has nothing to shard: this makes ZeRO's step in a few passes over all tensors, where ZeRO
+    copies every gradient through its buckets.
+
+    Args:
+        params: parameter groups, of 16-bit parameters.
+        clip_grad: largest gradient norm; None does not clip.
+        options: of `torch.optim.AdamW`.
+
+    Attributes:
+        fp16_groups: the parameters of each group.
+        fp32_groups: their copies, which `param_groups` holds.
+    """
+
+    def __init__(self, params: list[dict], clip_grad: float | None = None, **options):
+        self.fp16_groups = [list(group["params"]) for group in params]
+        self.fp32_groups = [[p.detach().float() for p in group] for group in self.fp16_groups]
+        groups = [
+            {**group, "params": masters} for group, masters in zip(params, self.fp32_groups, strict=True)
+        ]
+        super().__init__(groups, clip_grad, **options)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update copies and parameters, unless a gradient is infinite or not a number; gradients are used up."""
+        pairs = [
+            (low, high)
+            for group in zip(self.fp16_groups, self.fp32_groups, strict=True)
+            for low, high in zip(*group, strict=True)
+            if low.grad is not None
+        ]
+        lows, highs = map(list, zip(*pairs, strict=True))
+        gradients = [torch.empty_like(high) for high in highs]
+        torch._foreach_copy_(gradients, [low.grad for low in lows])
+        for low, high, gradient in zip(lows, highs, gradients, strict=True):
+            low.grad, high.grad = None, gradient
+        super().step(closure)
+        torch._foreach_copy_(lows, highs)
+        for high in highs:
+            high.grad = None
+
+    def state_dict(self) -> dict:
+        """As torch's, with the copies: the parameters have lost their last bits."""
+        return {**super().state_dict(), "masters": self.fp32_groups}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, with the copies."""
+        masters = state_dict["masters"]
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "masters"})
+        with torch.no_grad():
+            for group, stored in zip(self.fp32_groups, masters, strict=True):
+                for master, value in zip(group, stored, strict=True):
+                    master.copy_(value)

@@ -83,6 +83,23 @@ def test_killed_at_any_moment_it_ends_bitwise_the_same(recipe, uninterrupted):
     assert_same_run(run, uninterrupted)
 
 
+def test_bf16_goes_on_from_its_masters(recipe):
+    words = [
+        "data.source=images",
+        "train.precision=bf16",
+        "train.ema_decay=0.9",
+        "deepspeed.zero_optimization.stage=1",
+    ]
+    train(recipe, *words, "train.max_steps=12", "output=bf16_whole")
+    train(recipe, *words, "train.max_steps=5", "output=bf16_parts")
+    train(recipe, *words, "train.max_steps=12", "output=bf16_parts")
+    whole, parts = (recipe.parent / name for name in ("bf16_whole", "bf16_parts"))
+    assert losses(records(parts)) == losses(records(whole))
+    for name in ("model.safetensors", "ema.safetensors"):
+        ours, theirs = (load_file(manifests.checkpoint_path(run, 12) / name) for run in (parts, whole))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(recipe, uninterrupted, number):
     output = f"stopped_{number.name}"

@@ -101,17 +101,24 @@ def test_fp16_with_loss_scaling_follows_fp32(recipe, one_rank, stage):
     np.testing.assert_allclose(losses(got), one_rank[:8], rtol=0.02)
 
 
+@pytest.fixture(scope="module")
+def one_rank_bf16(recipe):
+    return losses(train(recipe, *BF16, "output=bf16", "deepspeed.zero_optimization.stage=1"))
+
+
+BF16 = ["data.source=images", "train.max_steps=10", "train.precision=bf16", "optim.warmup_epochs=0"]
+
+
+def test_bf16_follows_fp32(recipe, one_rank_bf16):
+    fp32 = train(recipe, *BF16, "output=fp32", "train.precision=fp32")
+    np.testing.assert_allclose(one_rank_bf16, losses(fp32), rtol=0.03)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_bf16_follows_fp32(recipe, one_rank, stage):
-    got = train(
-        recipe,
-        "data.source=images",
-        f"output=bf16_{stage}",
-        "train.max_steps=10",
-        "train.precision=bf16",
-        f"deepspeed.zero_optimization.stage={stage}",
-    )
-    np.testing.assert_allclose(losses(got), one_rank[:10], rtol=0.05)
+def test_bf16_is_the_same_on_two_ranks(recipe, one_rank_bf16, stage):
+    """Two ranks go through DeepSpeed's optimisers, one does not where it has nothing to shard."""
+    got = train(recipe, *BF16, f"output=bf16_{stage}", f"deepspeed.zero_optimization.stage={stage}", ranks=2)
+    np.testing.assert_allclose(losses(got), one_rank_bf16, rtol=2e-3)
 
 
 def test_clipping_bounds_the_step(recipe, one_rank):
