@@ -4,8 +4,14 @@ Crop windows come from the index, so only the window is decoded; every output is
 plan alone.
 """
 
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
@@ -42,6 +48,9 @@ def image_pipeline(
     pipeline = Pipeline(
         batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=prefetch
     )
+    resize = None
+    if device_id is None:
+        resize = functools.partial(_resize_on_cpu, ThreadPoolExecutor(threads), config.image_size)
     with pipeline:
         # The reader keeps what it feeds alive until the run is collected, so DALI need not copy it.
         source = fn.external_source(
@@ -71,10 +80,10 @@ def image_pipeline(
                 images, image_type=_PIXELS[stored], output_type=_PIXELS[config.channels]
             )
         if crops == 1:
-            images = _view(images, config, 0)
+            images = _view(images, config, 0, resize)
         else:
             windows = [fn.slice(images, **_window(str(crop))) for crop in range(crops)]
-            images = fn.stack(*(_view(window, config, crop) for crop, window in enumerate(windows)))
+            images = fn.stack(*(_view(window, config, crop, resize) for crop, window in enumerate(windows)))
         pipeline.set_outputs(images)
     pipeline.build()
     return pipeline
@@ -91,11 +100,34 @@ def _window(name: str) -> dict[str, Any]:
     return {"start": start, "shape": shape, "axes": (0, 1)}
 
 
-def _view(images: Any, config: DataConfig, crop: int) -> Any:
-    """Resize, flip and colour one crop of each image."""
-    images = fn.resize(images, size=list(config.image_size), interp_type=types.INTERP_CUBIC, antialias=True)
+def _view(images: Any, config: DataConfig, crop: int, resize: Callable | None) -> Any:
+    """Resize, flip and colour one crop of each image; DALI resizes unless it is told what does."""
+    if resize is None:
+        images = fn.resize(
+            images, size=list(config.image_size), interp_type=types.INTERP_CUBIC, antialias=True
+        )
+    else:
+        images = fn.python_function(images, function=resize, batch_processing=True, output_layouts="HWC")
     images = fn.flip(images, horizontal=fn.external_source(name=f"flip{crop}", dtype=types.INT32, ndim=0))
     return images if config.color_jitter is None else _color(images, config.channels, crop)
+
+
+def _resize_on_cpu(
+    pool: ThreadPoolExecutor, size: tuple[int, int], images: list[np.ndarray]
+) -> list[np.ndarray]:
+    """Bicubic with antialias: on a CPU, PyTorch is several times as fast as DALI, and closer to Pillow.
+
+    Args:
+        pool: as many threads as the pipeline has.
+        size: height and width of the results.
+        images: uint8 [h, w, C] each.
+    """
+
+    def resize(image: np.ndarray) -> np.ndarray:
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+        return F.interpolate(pixels, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+
+    return list(pool.map(resize, images))
 
 
 def _color(images: Any, channels: int, crop: int) -> Any:
