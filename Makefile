@@ -1,11 +1,12 @@
-# Two commands: `make quickstart` trains on real photographs, `make test` runs the tests. Both set up .venv first.
+# `make quickstart` trains on real photographs, `make test` runs the tests, `make bench` every benchmark at small
+# settings. All set up .venv first.
 
 PYTHON ?= python3
 BIN := .venv/bin
 # DeepSpeed looks for ninja and itself on the PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint bench bench-docs clean
 
 quickstart: .venv/ready data/elpv/train
 	"$(BIN)/python" "$(BIN)/deepspeed" launch.py --config quickstart
@@ -16,6 +17,28 @@ test: .venv/ready
 lint: .venv/ready
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
+
+# Small settings, under 15 minutes on 2 cores: does every question have an answer? Rows go to runs/bench, so that the
+# page's, from the commands of benchmarks/README.md, stay as they are.
+BENCHMARKS := attention dataloading end_to_end memory scaling peers visible_only
+
+.PHONY: $(BENCHMARKS)
+
+bench: $(BENCHMARKS)
+
+$(BENCHMARKS): .venv/ready data/elpv/train
+	"$(BIN)/python" benchmarks/$@.py --no-results --json runs/bench/$@.json $($@_small)
+
+attention_small := --rounds 3
+dataloading_small := --images 128 --photographs 128 --rounds 2 --cores 1 --qualities 90
+end_to_end_small := --recipe quickstart --data data/elpv/train --rounds 2 --steps 40
+memory_small := --variants "ZeRO 0" "ZeRO 2" "ZeRO 3" --images 4
+scaling_small := --stages 1 --rounds 3 --images 4
+peers_small := --sizes small --dtypes bf16 --modes eager --batch 8 --rounds 3
+visible_only_small := --sizes base --ratios --batch 4 --rounds 1
+
+bench-docs: .venv/ready
+	"$(BIN)/python" benchmarks/docs.py
 
 # setuptools and wheel are there first because DeepSpeed is built from source; no CUDA compiler is needed.
 # setuptools warns that an editable install finds packages by name; that is what is wanted here.

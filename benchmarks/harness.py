@@ -5,6 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import triton
@@ -15,14 +16,21 @@ FLUSH_BYTES = 512 * 2**20
 
 def describe_machine(device: str) -> dict:
     """Return what a result needs to be read later: device, cores, threads, versions."""
-    processor = platform.processor() or platform.machine()
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor,
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
+
+
+def _processor() -> str:
+    try:
+        told = Path("/proc/cpuinfo").read_text().partition("model name")[2].splitlines()[0]
+        return told.partition(":")[2].strip()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
 
 
 def time_in_turns(

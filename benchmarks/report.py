@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastmim.provenance import source_commit
-from fastmim.window import peak_memory_bytes
+from matplotlib.figure import Figure
 
 from benchmarks import harness, markdown
+from fastmim.provenance import source_commit
+from fastmim.window import peak_memory_bytes
 
 RESULTS = Path(__file__).parent / "results"
 """Where the rows that `README.md` shows are kept."""
@@ -35,9 +36,9 @@ def timed_row(
     *,
     baseline: list[float],
     images: int,
-    flops: float,
-    baseline_flops: float,
-    peak_flops: float,
+    flops: float | None = None,
+    baseline_flops: float | None = None,
+    peak_flops: float | None = None,
     peak_memory: int | None = None,
     **more: Any,
 ) -> dict[str, Any]:
@@ -50,9 +51,9 @@ def timed_row(
         samples: seconds, one a round.
         baseline: those of the contender that it is compared with, in the same rounds.
         images: in a sample.
-        flops: of a sample, forward and backward, analytic.
-        baseline_flops: likewise of the baseline.
-        peak_flops: FLOP/s of a large product in `dtype`, measured in the same run.
+        flops: of a sample, forward and backward, analytic; None where that has no meaning, as for a loader.
+        baseline_flops: likewise of the baseline; needed where there are `flops`.
+        peak_flops: FLOP/s of a large product in `dtype`, measured in the same run; likewise.
         peak_memory: bytes; None where a process of its own did not measure it.
         more: further keys.
 
@@ -62,7 +63,11 @@ def timed_row(
     """
     times = harness.summarise(samples)
     seconds = {key.replace("_us", "_s"): value / 1e6 for key, value in times.items()}
-    ratio, flop_ratio = harness.ratio(baseline, samples), baseline_flops / flops
+    ratio = harness.ratio(baseline, samples)
+    mfu = flop_ratio = efficiency = None
+    if flops is not None:
+        mfu, flop_ratio = flops / seconds["median_s"] / peak_flops, baseline_flops / flops
+        efficiency = ratio / flop_ratio
     return {
         "variant": variant,
         "size": size,
@@ -70,11 +75,11 @@ def timed_row(
         **seconds,
         "images_per_s": images / seconds["median_s"],
         "flops": flops,
-        "mfu": flops / seconds["median_s"] / peak_flops,
+        "mfu": mfu,
         "peak_memory_bytes": peak_memory,
         "ratio": ratio,
         "flop_ratio": flop_ratio,
-        "efficiency": ratio / flop_ratio,
+        "efficiency": efficiency,
         "samples": samples,
         **more,
     }
@@ -123,8 +128,12 @@ class PeakMemory:
         return 1024 * int(status.partition("VmRSS:")[2].split()[0])
 
 
-def store(script: str, rows: list[dict], args: argparse.Namespace, **more: Any) -> None:
-    """Write rows, the machine, versions, the commit and the arguments to results/`script`.json and to --json."""
+def store(script: str, rows: list[dict], args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """Write rows, the machine, versions, the commit and the arguments to results/`script`.json and to --json.
+
+    Returns:
+        What was written.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     told = {
         "machine": {**harness.describe_machine(device), "commit": source_commit()},
@@ -137,6 +146,28 @@ def store(script: str, rows: list[dict], args: argparse.Namespace, **more: Any) 
     for path in [*paths, *([args.json] if args.json else [])]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    return json.loads(text)  # as a reader of the file has it
+
+
+def draw_bars(path: Path, groups: list[str], bars: dict[str, list[float]], label: str) -> None:
+    """Draw grouped bars.
+
+    Args:
+        path: of the picture.
+        groups: names below the groups.
+        bars: name -> height in each group.
+        label: of the axis.
+    """
+    figure = Figure(figsize=(max(6, 1.2 * len(groups) * (1 + len(bars) / 6)), 4), layout="tight")
+    axis = figure.subplots()
+    width = 0.85 / len(bars)
+    for place, (name, heights) in enumerate(bars.items()):
+        axis.bar([group + place * width for group in range(len(groups))], heights, width, label=name)
+    axis.set_xticks([group + width * (len(bars) - 1) / 2 for group in range(len(groups))], groups, fontsize=8)
+    axis.set_ylabel(label)
+    axis.margins(y=0.25)  # for the legend
+    axis.legend(fontsize=8, ncols=3, loc="upper left")
+    figure.savefig(path, dpi=90)
 
 
 def timed_table(rows: list[dict], extra: tuple[str, ...] = ()) -> str:

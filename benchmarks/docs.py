@@ -1,0 +1,57 @@
+"""Fill the tables of `benchmarks/README.md` from `benchmarks/results/*.json`; `make bench-docs` does it.
+
+A script NAME.py stores results/NAME.json and offers `tables(stored)`, the page's tables by name. A table whose rows are
+not there stays as it is.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+# Run as a script, Python looks here first, where `kernels.py` would pass for a package of that name.
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.markdown import fill
+from benchmarks.report import RESULTS
+
+PAGE = Path(__file__).with_name("README.md")
+
+
+def collect(results: Path) -> dict[str, str]:
+    """The tables of every stored result, each above a line that tells the machine, the commit and the arguments.
+
+    Raises:
+        ValueError: a result without a script of its name that offers tables.
+    """
+    found: dict[str, str] = {}
+    for path in sorted(results.glob("*.json")):
+        stored = json.loads(path.read_text())
+        try:
+            script = importlib.import_module(f"benchmarks.{path.stem}")
+            tables = script.tables(stored)
+        except (ModuleNotFoundError, AttributeError) as error:
+            raise ValueError(f"{path}: expected benchmarks/{path.stem}.py with `tables`; {error}") from error
+        found |= {name: f"{text}\n\n{origin(stored)}" for name, text in tables.items()}
+    return found
+
+
+def origin(stored: dict) -> str:
+    """Where rows come from, in a line."""
+    machine = stored["machine"]
+    facts = [
+        f"{machine['device']}, {machine['cores']} cores, torch {machine['torch']}, commit {machine['commit']}"
+    ]
+    shown = ("no_results", "json", "plot")
+    facts += [f"{name}={value}" for name, value in stored["arguments"].items() if name not in shown]
+    return f"<sub>{'; '.join(facts)}</sub>"
+
+
+def main() -> None:
+    """Fill the page."""
+    PAGE.write_text(fill(PAGE.read_text(), collect(RESULTS), partly=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""How do steps scale over ranks: measured on 1 and 2 ranks here, and by a model from 8 to 1,024 GPUs?
+
+    python benchmarks/scaling.py [--stages 0 1 2 3] [--rounds 5] [--steps 2] [key=value ...]
+
+Weak scaling: each rank has the same images, and one thread. Between 1 rank and 2 joined ranks stand 2 ranks that are
+not joined, since processes on one machine share its memory and clock. The model (`communication.py`) is given the step
+of one rank, that contention, and the bandwidth of an all-reduce measured in the same run; it predicts the joined step,
+and its error is told. What it says of GPUs is a prediction from published bandwidths, not a measurement.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+# Run as a script, Python looks here first, where `kernels.py` would pass for a package of that name.
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import harness, report
+from benchmarks.communication import Link, Step, communication_seconds, efficiency, step_seconds
+from benchmarks.gloo import FixedBatch, Group, make_config
+from benchmarks.markdown import table
+from fastmim.flops import PEAK_TFLOPS
+from fastmim.memory import ITEM, parameter_sizes
+from fastmim.objectives import build_objective
+
+SMALL = [
+    "model.size=small",
+    "objective.decoder_width=128",
+    "objective.decoder_depth=1",
+    "objective.decoder_heads=4",
+]
+"""The default of `key=value`: ViT-S/16 with a light decoder."""
+
+NVLINK = Link(450e9, 5e-6)
+"""Between the 8 GPUs of a DGX H100: 900 GB/s in both directions together (NVIDIA's data sheet)."""
+NETWORK = Link(50e9, 15e-6)
+"""Between such nodes: a 400 Gb/s adapter for each GPU (NVIDIA's data sheet). Latencies are assumptions."""
+
+GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+MFU, IMAGES_PER_GPU = 0.4, 256
+"""Assumptions of the prediction."""
+
+_STEPS: dict[int, FixedBatch] = {}  # of this process, by ZeRO stage
+
+
+def build(words: list[str], stage: int, images: int) -> dict:
+    """Make this rank's step; returns what the model needs to know."""
+    ranks = int(os.environ["WORLD_SIZE"])
+    config = make_config(
+        [*words, f"optim.batch_size={images * ranks}", f"deepspeed.zero_optimization.stage={stage}"]
+    )
+    step = FixedBatch(config)
+    _STEPS[stage] = step
+    loss = float(step.step())
+    return {"loss": loss, "precision": step.precision, "flops": images * step.objective.step_flops()}
+
+
+def time_steps(stage: int, steps: int) -> tuple[float, float]:
+    """Seconds of a step, and of its update, over some steps of this rank."""
+    fixed, update = _STEPS[stage], 0.0
+    fixed.synchronise()
+    started = time.perf_counter()
+    for _ in range(steps):
+        loss = fixed.engine(fixed.batch)["loss"]
+        fixed.engine.backward(loss)
+        before = time.perf_counter()
+        fixed.engine.step()
+        fixed.synchronise()
+        update += time.perf_counter() - before
+    return (time.perf_counter() - started) / steps, update / steps
+
+
+def time_all_reduce(numbers: int, precision: str, times: int = 3) -> float:
+    """Median seconds of summing so many numbers over the ranks."""
+    values = torch.ones(numbers, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
+    seconds = []
+    for _ in range(1 + times):
+        dist.barrier()
+        started = time.perf_counter()
+        dist.all_reduce(values)
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[1:])
+
+
+def measure_link(pair: Group, numbers: int, precision: str) -> Link:
+    """Bandwidth of an all-reduce of so many numbers between two ranks, and the latency of a tiny one."""
+    latency = max(pair.call(time_all_reduce, 1, precision)) / 2
+    seconds = max(pair.call(time_all_reduce, numbers, precision))
+    return Link(numbers * ITEM[precision] / max(seconds - 2 * latency, 1e-9), latency)
+
+
+def measure_stage(stage: int, args: argparse.Namespace) -> list[dict]:
+    """Rows of one ZeRO stage: 1 rank, 2 ranks that are not joined, 2 ranks that are."""
+    words = args.overrides or SMALL
+    with Group(1, 1) as alone, Group(1, 1) as other, Group(2, 1) as pair:
+        starting = [group.start(build, words, stage, args.images) for group in (alone, other, pair)]
+        built = [ranks[0].result() for ranks in starting]
+        # The first rank of a pair has the images of one that is alone.
+        names = "1 rank", "1 rank beside it", "the first of 2 ranks"
+        losses = [first["loss"] for first in built]
+        report.require_same(dict(zip(names, losses, strict=True)), 1e-3)
+        samples: dict[str, list[float]] = {"1 rank": [], "2 ranks, not joined": [], "2 ranks": []}
+        updates = []
+        for number in range(args.rounds + 1):
+            taken = {
+                "1 rank": alone.call(time_steps, stage, args.steps),
+                "2 ranks, not joined": [
+                    result.result()
+                    for started in [group.start(time_steps, stage, args.steps) for group in (alone, other)]
+                    for result in started
+                ],
+                "2 ranks": pair.call(time_steps, stage, args.steps),
+            }
+            if number:
+                for name, ranks in taken.items():
+                    samples[name].append(max(seconds for seconds, _ in ranks))
+                updates.append(taken["1 rank"][0][1])
+        config, precision = make_config(words), built[0]["precision"]
+        numbers = sum(parameter_sizes(config))
+        link = measure_link(pair, numbers, precision)
+    whole, update = median(samples["1 rank"]), median(updates)
+    step = Step(whole - update, update, numbers * ITEM[precision])
+    contention = harness.ratio(samples["2 ranks, not joined"], samples["1 rank"])
+    predicted = step_seconds(step, 2, stage, link, contention=contention)
+    rows = []
+    for name, seconds in samples.items():
+        ranks = 1 if name == "1 rank" else 2
+        row = report.timed_row(
+            name,
+            f"{numbers / 1e6:.1f} M parameters, ZeRO {stage}",
+            precision,
+            seconds,
+            baseline=samples["1 rank"],
+            images=ranks * args.images,
+        )
+        # Twice the images in the same time: the ratio of a weak scaling is of images, not of seconds.
+        row |= {"ratio": ranks * row["ratio"], "flops": ranks * built[0]["flops"], "stage": stage}
+        row |= {"efficiency": row["ratio"] / ranks, "predicted_s": None}
+        rows.append(row)
+    rows[-1] |= {
+        "predicted_s": predicted,
+        "error": predicted / rows[-1]["median_s"] - 1,
+        "contention": contention,
+        "update_s": update,
+        "bandwidth": link.bandwidth,
+        "latency": link.latency,
+        "communication_s": communication_seconds(step, 2, stage, link),
+    }
+    return rows
+
+
+def predict(args: argparse.Namespace) -> list[dict]:
+    """What the model says of H100s; a row for each count of GPUs and ZeRO stage."""
+    config = make_config([f"model.size={args.gpu_model}"])
+    with torch.device("meta"):
+        flops = build_objective(config).step_flops()
+    parameters = sum(parameter_sizes(config))
+    compute = IMAGES_PER_GPU * flops / (MFU * PEAK_TFLOPS["H100"] * 1e12)
+    # AdamW moves 28 bytes a parameter: gradient, master and moments in, all but the gradient and 16 bits out.
+    step = Step(compute, 30 * parameters / 3.35e12, 2 * parameters)
+    rows = []
+    for stage in args.stages:
+        for gpus in GPUS:
+            link = NVLINK if gpus <= 8 else NETWORK
+            rows.append(
+                {
+                    "gpus": gpus,
+                    "stage": stage,
+                    "model": args.gpu_model,
+                    "compute_s": compute,
+                    "communication_s": communication_seconds(step, gpus, stage, link),
+                    "efficiency": efficiency(step, gpus, stage, link),
+                    "efficiency_overlapped": efficiency(step, gpus, stage, link, overlap=1.0),
+                }
+            )
+    return rows
+
+
+def tables(stored: dict) -> dict[str, str]:
+    """The page's tables of stored rows: `scaling`, measured, and `scaling_model`, predicted."""
+    header = ["size", "dtype", "ranks", "ms a step", "p20–p80", "images/s", "× one rank", "efficiency"]
+    header += ["predicted ms", "error", "all-reduce GB/s"]
+    lines = []
+    for row in stored["rows"]:
+        model = ["–"] * 3
+        if row["predicted_s"] is not None:
+            model = [
+                f"{1e3 * row['predicted_s']:.0f}",
+                f"{row['error']:+.0%}",
+                f"{row['bandwidth'] / 1e9:.2f}",
+            ]
+        lines.append(
+            [
+                *(row["size"], row["dtype"], row["variant"], f"{1e3 * row['median_s']:.0f}"),
+                f"{1e3 * row['p20_s']:.0f}–{1e3 * row['p80_s']:.0f}",
+                *(f"{row['images_per_s']:.1f}", f"{row['ratio']:.2f}", f"{row['efficiency']:.0%}", *model),
+            ]
+        )
+    predicted = [
+        [
+            *(row["model"], row["stage"], row["gpus"], f"{1e3 * row['compute_s']:.0f}"),
+            f"{1e3 * row['communication_s']:.1f}",
+            *(f"{row[key]:.1%}" for key in ("efficiency", "efficiency_overlapped")),
+        ]
+        for row in stored["predicted"]
+    ]
+    names = ["model", "ZeRO", "GPUs", "compute ms", "communication ms", "efficiency, nothing hidden"]
+    return {
+        "scaling": table(header, lines),
+        "scaling_model": table([*names, "efficiency, all hidden"], predicted),
+    }
+
+
+def draw(path: Path, predicted: list[dict]) -> None:
+    """Predicted efficiency over GPUs, a line for each stage."""
+    stages = sorted({row["stage"] for row in predicted})
+    lines = {
+        f"ZeRO {stage}, predicted": [row["efficiency"] for row in predicted if row["stage"] == stage]
+        for stage in stages
+    }
+    report.draw_bars(path, [f"{gpus} GPUs" for gpus in GPUS], lines, "efficiency, nothing hidden")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, predict, print, store."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stages", type=int, nargs="+", choices=range(4), default=[0, 1, 2, 3])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="in a sample (default 2)")
+    parser.add_argument("--images", type=int, default=8, help="of each rank and step (default 8)")
+    parser.add_argument("--gpu-model", default="large", help="model.size of the prediction for GPUs")
+    report.add_options(parser)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help=f"of mae_vit_base; default {' '.join(SMALL)}"
+    )
+    args = parser.parse_intermixed_args(arguments)
+    rows = [row for stage in args.stages for row in measure_stage(stage, args)]
+    stored = report.store("scaling", rows, args, predicted=predict(args))
+    made = tables(stored)
+    print(f"{made['scaling']}\n\nPredicted, not measured:\n\n{made['scaling_model']}")
+    if args.plot:
+        draw(args.plot, stored["predicted"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""How much memory a run of MAE takes on each rank, by arithmetic: nothing is run.
+
+Model states follow ZeRO (Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
+SC 2020, section 3) as DeepSpeed implements it; activations are the tensors that a transformer block keeps for its
+backward pass (Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2023, section 4).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from fastmim.config import Config
+from fastmim.errors import ConfigError
+from fastmim.objectives import build_objective
+
+ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""Bytes of a number."""
+
+# DeepSpeed's defaults, in numbers, not bytes.
+_LIVE_PARAMETERS = (
+    10**9
+)  # stage3_max_live_parameters and _max_reuse_distance: below it what is gathered stays
+_PERSISTENT = 10**5  # stage3_param_persistence_threshold: smaller parameters are whole on every rank
+_BUCKET = 5 * 10**8  # reduce_bucket_size
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank, at the moment of a step when that kind is largest."""
+
+    parameters: int
+    """In the precision of the products; of ZeRO-3 its shard, and small ones whole."""
+    gathered: int
+    """What ZeRO-3 collects of the other ranks' shards in the forward pass."""
+    gradients: int
+    """What the optimiser is given."""
+    buckets: int
+    """Where gradients are put together to be summed over the ranks."""
+    optimiser: int
+    """Float32 copies of the parameters, and AdamW's two moments."""
+    update: int
+    """Float32 gradients, while the optimiser runs."""
+    activations: int
+    """What the forward pass keeps for the backward pass."""
+    recomputed: int
+    """Of one block, while it is computed again under activation checkpointing."""
+
+    @property
+    def states(self) -> int:
+        """What does not depend on the batch, between steps."""
+        return self.parameters + self.optimiser
+
+    @property
+    def peak(self) -> int:
+        """Most at once: in the backward pass, or while the optimiser runs."""
+        backward = self.gathered + self.activations + self.recomputed
+        return self.states + self.gradients + self.buckets + max(backward, self.update)
+
+
+def parameter_sizes(config: Config) -> list[int]:
+    """How many numbers each trained parameter of a run holds; its objective is built without memory."""
+    with torch.device("meta"):
+        objective = build_objective(config)
+    return [parameter.numel() for parameter in objective.parameters() if parameter.requires_grad]
+
+
+def predict_memory(
+    config: Config,
+    precision: str,
+    world_size: int,
+    *,
+    attention: str = "sdpa",
+    fused_loss: bool = True,
+    on_cpu: bool = False,
+    sizes: list[int] | None = None,
+) -> Memory:
+    """Bytes by kind, with DeepSpeed's defaults for what the recipe's fragment does not say.
+
+    Args:
+        config: of the run; its ZeRO stage, offload, micro-batch and checkpointing are read.
+        precision: bf16, fp16 or fp32, as it was resolved.
+        world_size: ranks that share the states.
+        attention: backend; "matmul" keeps the scores.
+        fused_loss: the loss keeps one gradient, in place of eager PyTorch's chain.
+        on_cpu: the ranks compute there: what is offloaded stays in the same memory, and buckets count as far as
+            gradients fill them, since a CPU's memory is taken when it is written.
+        sizes: `parameter_sizes` of the run, where they are known.
+
+    Raises:
+        ConfigError: another objective than mae with its own decoder.
+    """
+    if config.objective.name != "mae" or config.objective.decoder != "self":
+        raise ConfigError(
+            f"objective.name={config.objective.name!r}: memory is predicted of 'mae' with objective.decoder='self'"
+        )
+    sizes = parameter_sizes(config) if sizes is None else sizes
+    item, stage = ITEM[precision], config.zero_stage
+    count, shards = sum(sizes), world_size if stage else 1
+    whole = sum(size for size in sizes if size <= _PERSISTENT)
+    # Parameters in float32 are their own copies, unless ZeRO shards the copies.
+    copies = 4 if precision != "fp32" or stage else 0
+    offloads = not on_cpu and _offloads(config)
+    activations, recomputed = _activations(config, item, world_size, attention, fused_loss)
+    return Memory(
+        parameters=(count // world_size + whole if stage == 3 else count) * item,
+        gathered=min(count - whole, _LIVE_PARAMETERS) * item if stage == 3 else 0,
+        gradients=count // shards * item,
+        buckets=_bucket(config, count, world_size, on_cpu) * item,
+        optimiser=0 if offloads else (8 + copies) * count // shards,
+        update=0 if offloads or precision == "fp32" else 4 * count // shards,
+        activations=activations,
+        recomputed=recomputed,
+    )
+
+
+def _bucket(config: Config, count: int, world_size: int, on_cpu: bool) -> int:
+    """Numbers in the buffer that gradients are summed in."""
+    zero = config.deepspeed.get("zero_optimization", {})
+    size = int(zero.get("reduce_bucket_size", _BUCKET))
+    if not config.zero_stage:
+        return min(size, count) if world_size > 1 else 0
+    return min(size, count) if on_cpu else size
+
+
+def _offloads(config: Config) -> bool:
+    offload = config.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
+def block_bytes(
+    images: int, tokens: int, width: int, heads: int, mlp_ratio: float, item: int, attention: str
+) -> int:
+    """What a pre-norm block keeps of a micro-batch: the inputs of its linears, norms, GELU and attention."""
+    row = images * tokens * width * item
+    # Two residual sums and two normed copies; queries, keys, values and what attention makes of them; before and
+    # after GELU.
+    kept = row * (4 + 4 + 2 * mlp_ratio) + 2 * images * tokens * 2 * 4
+    if attention == "matmul":
+        kept += images * heads * tokens * tokens * item
+    return int(kept)
+
+
+def _activations(
+    config: Config, item: int, world_size: int, attention: str, fused_loss: bool
+) -> tuple[int, int]:
+    """Bytes kept by the forward pass, and by one block that is computed again."""
+    model, objective, images = config.model, config.objective, config.micro_batch(world_size)
+    patches = config.grid[0] * config.grid[1]
+    kept = config.mask.len_keep(config.grid)
+    removed, length = patches - kept, model.patch_size**2 * config.data.channels
+    seen = 1 + (patches if objective.mask_token_in_encoder else kept)
+    encoder = images, seen, model.width, model.heads, model.mlp_ratio, item, attention
+    decoder = images, 1 + patches, objective.decoder_width, objective.decoder_heads, 4.0, item, attention
+    blocks = [(encoder, model.depth), (decoder, objective.decoder_depth)]
+    total = images * kept * length * item  # gathered patches, the input of their embedding
+    recomputed = 0
+    for shape, depth in blocks:
+        whole, row = block_bytes(*shape), shape[0] * shape[1] * shape[2] * item
+        if config.train.activation_checkpointing:
+            total += depth * row
+            recomputed = max(recomputed, whole)
+        else:
+            total += depth * whole
+    # The last norms: the encoder's input and output, which the decoder's embedding reads; the decoder's, of the
+    # removed patches only, with their indices.
+    total += 2 * images * seen * model.width * item
+    total += 2 * images * removed * objective.decoder_width * item
+    total += images * removed * length * _loss_bytes(item, fused_loss)
+    return int(total), int(recomputed)
+
+
+def _loss_bytes(item: int, fused: bool) -> int:
+    """Bytes that the loss keeps of each predicted value: a gradient; eagerly, a float32 difference."""
+    return item if fused else 4

@@ -1,0 +1,55 @@
+"""The page of benchmarks shows what is stored, and every table that it asks for is some script's."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import attention, docs
+from benchmarks.markdown import fill
+from benchmarks.report import RESULTS
+
+MACHINE = {"device": "x86_64", "cores": 2, "torch": "2.14", "commit": "0123456789abcdef"}
+
+
+def store(folder: Path, script: str, rows: list[dict]) -> None:
+    told = {"machine": MACHINE, "arguments": {"rounds": "3", "json": "x.json"}, "rows": rows}
+    (folder / f"{script}.json").write_text(json.dumps(told))
+
+
+def test_tables_come_from_stored_rows(tmp_path):
+    row = {"variant": "matmul", "size": "ViT-B", "dtype": "float32", "median_s": 0.002, "p20_s": 0.001}
+    store(tmp_path, "attention", [row | {"p80_s": 0.003, "ratio": 1.5}])
+    found = docs.collect(tmp_path)
+    assert "| ViT-B | float32 | matmul | 2.00 | 1.00–3.00 | 1.50 |" in found["attention"]
+    assert found["attention"].endswith(
+        "<sub>x86_64, 2 cores, torch 2.14, commit 0123456789abcdef; rounds=3</sub>"
+    )
+
+
+def test_a_result_of_no_script_is_refused(tmp_path):
+    store(tmp_path, "nothing", [])
+    with pytest.raises(ValueError, match=r"benchmarks/nothing\.py"):
+        docs.collect(tmp_path)
+
+
+def test_the_page_is_up_to_date():
+    page = docs.PAGE.read_text()
+    assert fill(page, docs.collect(RESULTS), partly=True) == page, "run `make bench-docs`"
+
+
+def test_the_page_asks_for_tables_that_scripts_make():
+    page = docs.PAGE.read_text()
+    sources = "".join(path.read_text() for path in docs.PAGE.parent.glob("*.py"))
+    for name in re.findall(r"<!-- table: (\w+) -->", page):
+        assert f'"{name}":' in sources
+
+
+def test_backends_that_differ_are_not_compared():
+    import torch
+
+    same = {"sdpa": lambda: torch.ones(3), "matmul": lambda: torch.ones(3)}
+    attention.require_same(same, 1e-6)
+    with pytest.raises(SystemExit, match="no speed-up is told"):
+        attention.require_same(same | {"matmul": lambda: torch.full((3,), 1.1)}, 1e-2)

@@ -1,0 +1,63 @@
+"""Predicted bytes against those of real tensors: DeepSpeed's states on two ranks, what a forward pass keeps."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import memory
+from benchmarks.gloo import make_config
+from fastmim.errors import ConfigError
+from fastmim.memory import parameter_sizes, predict_memory
+from fastmim.objectives import build_objective
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "bf16"), (3, "bf16")])
+def test_states_of_two_ranks(pair, tiny, stage, precision):
+    words = [*tiny, f"{memory.STAGE}={stage}", f"train.precision={precision}"]
+    predicted = predict_memory(make_config(words), precision, 2)
+    for measured in pair.call(memory.measure, words, 1, False):
+        assert measured["precision"] == precision
+        assert predicted.parameters == pytest.approx(measured["parameters"], rel=0.02)
+        assert predicted.optimiser == pytest.approx(measured["optimiser"], rel=0.02)
+
+
+@pytest.mark.parametrize("variant", ["plain", "checkpointing", "matmul", "mask token"])
+def test_activations(tiny, variant):
+    words = {
+        "checkpointing": ["train.activation_checkpointing=true", "model.depth=8"],
+        "mask token": ["objective.mask_token_in_encoder=true"],
+    }.get(variant, [])
+    config = make_config([*tiny, "optim.batch_size=8", *words])
+    attention = "matmul" if variant == "matmul" else "sdpa"
+    objective = build_objective(config, attention)
+    images = torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8)
+    ids = torch.arange(8)
+    batch = SimpleNamespace(images=images, epochs=ids * 0, positions=ids)
+    kept, loss = memory.kept_by(lambda: objective(batch)["loss"], torch.device("cpu"))
+    predicted = predict_memory(config, "fp32", 1, attention=attention)
+    assert predicted.activations == pytest.approx(kept, rel=memory.TOLERANCE["activations"])
+    assert loss.isfinite()
+
+
+def test_the_parameters_are_those_of_the_model(tiny):
+    config = make_config(tiny)
+    built = [parameter.numel() for parameter in build_objective(config).parameters()]
+    assert parameter_sizes(config) == built
+
+
+def test_a_larger_world_fits_as_large_a_model():
+    rows = memory.fitting(80e9, 64, [1, 64])
+    assert {(row["stage"], row["ranks"]) for row in rows} == {(s, n) for s in range(4) for n in (1, 64)}
+    order = [None, *memory.SIZES]
+    for one, many in zip(rows[::4], rows[2::4], strict=True):
+        assert (one["ranks"], many["ranks"]) == (1, 64)
+        assert order.index(one["largest"]) <= order.index(many["largest"])
+    assert all(row["peak"] <= 0.9 * 80e9 for row in rows if row["largest"])
+    table = memory.fits_table(rows).splitlines()
+    assert len(table) == 2 + 8 and "64 GPUs" in table[0]
+
+
+def test_other_objectives_are_refused(tiny):
+    with pytest.raises(ConfigError, match=r"objective\.name='simmim'"):
+        predict_memory(make_config([*tiny[:5], "objective.name=simmim"]), "fp32", 1)

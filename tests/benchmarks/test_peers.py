@@ -1,0 +1,141 @@
+"""The comparison with public implementations: the same steps from the same weights and masks, or none is timed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import contenders, peers
+from benchmarks.contenders import CONTENDERS, Problem
+from benchmarks.workers import Worker
+from fastmim.objectives import build_objective
+from fastmim.optim import parameter_groups
+from tests.benchmarks.test_report import KEYS
+
+SMALL = [
+    *("model.width=32", "model.depth=2", "model.heads=2", "model.patch_size=8", "data.image_size=32"),
+    *("objective.decoder_width=16", "objective.decoder_depth=2", "objective.decoder_heads=2"),
+]
+
+# What models_mae.py has that matters here, names gone from timm and NumPy included; written for this test.
+STUB = """
+import numpy as np
+import torch
+from timm.models.vision_transformer import Block
+from util.heads import heads
+
+
+class MaskedAutoencoderViT(torch.nn.Module):
+    def __init__(self, img_size, patch_size, in_chans, embed_dim, depth, num_heads, decoder_embed_dim, decoder_depth,
+                 decoder_num_heads, mlp_ratio, norm_layer, norm_pix_loss):
+        super().__init__()
+        assert np.arange(2, dtype=np.float).dtype == np.float64
+        block = Block(embed_dim, heads(num_heads), mlp_ratio, qkv_bias=True, qk_scale=None, norm_layer=norm_layer)
+        self.blocks = torch.nn.ModuleList([block])
+
+    def forward(self, imgs, mask_ratio=0.75):
+        noise = torch.rand(len(imgs), 16, device=imgs.device)
+        return noise.sum() + 0 * self.blocks[0].norm1.weight.sum(), None, None
+"""
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    config = peers.configure("tiny", 4, SMALL)
+    contenders.write_weights(config, folder)
+    return Problem(config, "fp32", 4, folder)
+
+
+@pytest.fixture(scope="module")
+def wanted(problem):
+    """Losses of two steps of our objective in a plain loop."""
+    torch.manual_seed(problem.config.train.seed)
+    objective = build_objective(problem.config)
+    epochs, positions = problem.places
+    batch = SimpleNamespace(images=problem.images(), epochs=epochs, positions=positions)
+    optim = problem.config.optim
+    groups = parameter_groups(objective, optim.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    losses = []
+    for _ in range(2):
+        loss = objective(batch)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert abs(losses[1] - losses[0]) > 1e-3 * losses[0]
+    return losses
+
+
+@pytest.mark.parametrize("name", ["transformers", "lightly"])
+def test_a_peer_makes_the_same_steps(problem, wanted, name):
+    pytest.importorskip(name)
+    with torch.compiler.set_stance("force_eager"):
+        step = CONTENDERS[name](problem)
+        assert [float(step()) for _ in range(2)] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_engine_makes_the_same_steps_in_a_process_of_its_own(problem, wanted):
+    build = CONTENDERS["fastmim"]
+    with Worker(build, problem, imports=contenders.IMPORTS[build]) as worker:
+        assert [worker.step() for _ in range(2)] == pytest.approx(wanted, rel=1e-5)
+        assert 0 < worker.peak_memory() < 2**29
+
+
+def test_a_clone_of_the_published_code_is_imported_whatever_timm_is_installed(problem, tmp_path, monkeypatch):
+    (tmp_path / "models_mae.py").write_text(STUB)
+    (tmp_path / "util").mkdir()
+    (tmp_path / "util" / "heads.py").write_text("def heads(number):\n    return number\n")
+    monkeypatch.setattr(Problem, "state", lambda self: None)
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda self, state: None)
+    cloned = Problem(problem.config, "fp32", 4, problem.weights, tmp_path)
+    with torch.compiler.set_stance("force_eager"):
+        assert float(CONTENDERS["facebookresearch/mae"](cloned)()) == 4 * sum(range(16))
+    with pytest.raises(SystemExit):
+        peers.read_arguments(["--mae-path", str(tmp_path / "util")])
+
+
+class Still:
+    """A contender that costs nothing."""
+
+    losses = {"fastmim": 1.0, "transformers": 1.0}
+
+    def __init__(self, name, problem):
+        self.name = name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def step(self, compiled=False):
+        return self.losses[self.name]
+
+    def peak_memory(self):
+        return 300 if self.name == "fastmim" else 400
+
+
+def test_rows_have_every_key_and_different_losses_are_refused(problem, monkeypatch):
+    monkeypatch.setattr(peers, "_worker", Still)
+    monkeypatch.setattr(peers, "measure_peak_flops", lambda *args: 1e12)
+    names = list(Still.losses)
+    rows = peers.measure(problem, "tiny", names, list(peers.MODES), rounds=3, warmup=0)
+    assert [row["variant"] for row in rows] == [f"{name}, {mode}" for mode in peers.MODES for name in names]
+    assert all(row.keys() == KEYS | {"name", "against", "memory_ratio"} for row in rows)
+    assert rows[0]["memory_ratio"] == 0.75 and rows[0]["against"].startswith("transformers")
+    assert "| fastmim, eager | tiny | fp32 |" in peers.tables({"rows": rows})["peers"]
+    assert peers.judge(rows)[0].startswith("tiny fp32: fastmim")
+    monkeypatch.setattr(Still, "losses", {"fastmim": 1.0, "transformers": 1.001})
+    with pytest.raises(SystemExit, match="no speed-up is told"):
+        peers.measure(problem, "tiny", names, ["eager"], rounds=1, warmup=0)
+
+
+def fail(problem):
+    raise ValueError(f"no {problem}")
+
+
+def test_what_goes_wrong_in_a_process_is_told():
+    with Worker(fail, "weights") as worker, pytest.raises(RuntimeError, match="ValueError: no weights"):
+        worker.step()

@@ -1,0 +1,75 @@
+"""The communication model by hand, and two real ranks that are timed."""
+
+import argparse
+
+import pytest
+
+from benchmarks import scaling
+from benchmarks.communication import Link, Step, communication_seconds, efficiency, step_seconds
+
+STEP = Step(compute=1.0, update=0.4, gradient_bytes=10**9)
+FAST = Link(bandwidth=1e9, latency=0.0)
+
+
+def test_bytes_of_a_step_by_stage():
+    # Two ranks exchange half of the bytes in each of an all-reduce's two rounds; ZeRO 3 has three.
+    assert [communication_seconds(STEP, 2, stage, FAST) for stage in range(4)] == [1.0, 1.0, 1.0, 1.5]
+    assert communication_seconds(STEP, 1, 3, FAST) == 0
+    assert communication_seconds(STEP, 8, 0, Link(float("inf"), 0.01)) == pytest.approx(6 * 0.01)
+
+
+def test_seconds_of_a_step():
+    assert step_seconds(STEP, 2, 0, FAST) == pytest.approx(1.0 + 0.4 + 1.0)
+    assert step_seconds(STEP, 2, 1, FAST) == pytest.approx(1.0 + 0.2 + 1.0)
+    assert step_seconds(STEP, 2, 1, FAST, contention=2) == pytest.approx(2.0 + 0.4 + 1.0)
+    assert step_seconds(STEP, 2, 0, FAST, overlap=1.0) == pytest.approx(1.4)
+    slow = Link(bandwidth=1e8, latency=0.0)
+    # Ten seconds on the wire cannot hide behind one of computation.
+    assert step_seconds(STEP, 2, 0, slow, overlap=1.0) == pytest.approx(1.0 + 0.4 + 10 - 1.0)
+    assert efficiency(STEP, 1, 0, FAST) == 1.0
+
+
+def test_prediction_of_gpus():
+    rows = scaling.predict(argparse.Namespace(gpu_model="base", stages=[0, 3]))
+    assert [row["gpus"] for row in rows] == 2 * list(scaling.GPUS)
+    for row in rows:
+        assert row["efficiency"] <= row["efficiency_overlapped"]
+    within, across = rows[0], rows[1]
+    assert within["communication_s"] < across["communication_s"] < rows[-1]["communication_s"]
+
+
+def test_two_ranks_are_timed(pair, tiny):
+    words = [word for word in tiny if not word.startswith("optim")]
+    built = pair.call(scaling.build, words, 1, 2)
+    assert built[0]["flops"] == built[1]["flops"] > 0
+    for seconds, update in pair.call(scaling.time_steps, 1, 1):
+        assert 0 < update < seconds
+    link = scaling.measure_link(pair, 10**5, "fp32")
+    assert link.bandwidth > 0 and link.latency > 0
+
+
+def test_tables():
+    measured = {
+        "size": "s",
+        "dtype": "fp32",
+        "median_s": 0.1,
+        "p20_s": 0.1,
+        "p80_s": 0.2,
+        "images_per_s": 20.0,
+    }
+    rows = [
+        {**measured, "variant": "1 rank", "ratio": 1.0, "efficiency": 1.0, "predicted_s": None},
+        {
+            **measured,
+            "variant": "2 ranks",
+            "ratio": 1.5,
+            "efficiency": 0.75,
+            "predicted_s": 0.11,
+            "error": 0.1,
+        }
+        | {"bandwidth": 2e9},
+    ]
+    predicted = scaling.predict(argparse.Namespace(gpu_model="base", stages=[1]))
+    made = scaling.tables({"rows": rows, "predicted": predicted})
+    assert "| s | fp32 | 2 ranks | 100 | 100–200 | 20.0 | 1.50 | 75% | 110 | +10% | 2.00 |" in made["scaling"]
+    assert len(made["scaling_model"].splitlines()) == 2 + len(scaling.GPUS)
