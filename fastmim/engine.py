@@ -77,8 +77,7 @@ def build_engine(
     # DeepSpeed's own 16-bit optimisers without ZeRO count a step more than they made, so they are not used for bf16.
     guarded = (alone or config.zero_stage == 0) and precision != "fp16"
     groups = parameter_groups(objective, config.optim.weight_decay)
-    # The trainer sets the learning rate of each step; what DeepSpeed does while it starts must change nothing.
-    options: dict[str, Any] = {"lr": 0.0, "betas": config.optim.betas, "eps": config.optim.eps}
+    options: dict[str, Any] = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps}
     if guarded and precision == "bf16":
         for parameter in objective.parameters():
             parameter.data = parameter.data.bfloat16()
@@ -101,7 +100,8 @@ def build_engine(
     if guarded and alone:
         engine.enable_backward_allreduce = False
     elif precision == "fp16" and config.zero_stage == 0:
-        # It makes a step without gradients to allocate its state, which Adam's bias correction must not count.
+        # It makes a step without gradients to allocate its state, which Adam's bias correction must not count. (That
+        # decays the weights by one step, which is nothing beside the thousands that follow.)
         for state in optimizer.state.values():
             state["step"].zero_()
     return engine

