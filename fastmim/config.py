@@ -48,8 +48,8 @@ class ModelConfig(Section):
     patch_size: int = Field(16, gt=0)
     """Side of a square patch in pixels."""
     positions: Literal["sincos", "learned"] = "sincos"
-    """The encoder's position table: fixed (MAE, appendix A.1), or parameters, as most ViTs elsewhere have. The tables of
-    decoders are fixed."""
+    """The encoder's position table: fixed (MAE, appendix A.1), or parameters, as most ViTs elsewhere have. Decoders'
+    tables are fixed."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth rate of the last block, rising linearly from 0."""
     init: str | None = None

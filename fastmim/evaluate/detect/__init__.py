@@ -1,1 +1,1 @@
-"""Object detection: Faster and Mask R-CNN on an encoder's feature pyramid, trained on COCO's annotations, measured by mAP."""
+"""Object detection: R-CNN on an encoder's feature pyramid, trained on COCO's annotations, measured by its mAP."""

@@ -12,14 +12,22 @@ import numpy as np
 
 from fastmim.config_data import DataConfig
 from fastmim.data.index import Index, build_index
-from fastmim.data.schedule import permute
 from fastmim.errors import DataError
+from fastmim.evaluate.split import split_places
 
 Annotation = dict[str, Any]
-_PARTS = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd"),
-    "categories": ("id", "name"),
+_NUMBER = int | float
+_PARTS: dict[str, dict[str, Any]] = {
+    "images": {"id": int, "file_name": str, "height": int, "width": int},
+    "annotations": {
+        "id": int,
+        "image_id": int,
+        "category_id": int,
+        "bbox": list,
+        "area": _NUMBER,
+        "iscrowd": int,
+    },
+    "categories": {"id": int, "name": str},
 }
 # Annotation tools round: a box may end this far outside, in pixels.
 _ROUNDING = 1.0
@@ -93,13 +101,8 @@ class BoxedImages:
         Raises:
             DataError: none would stay.
         """
-        n = len(self)
-        held = max(1, round(share * n))
-        if held == n:
-            raise DataError(f"test_share={share:g} leaves none of the {n} images of --data to train on")
-        zeros = np.zeros(n, np.int64)
-        order = permute(np.arange(n), n, seed, zeros, zeros)
-        return self.take(np.sort(order[held:])), self.take(np.sort(order[:held]))
+        kept, held = split_places(len(self), share, seed)
+        return self.take(kept), self.take(held)
 
 
 def read_boxed(
@@ -125,7 +128,7 @@ def read_boxed(
             f"{option} {source} is a {index.kind} source; expected a folder, for annotations by file name"
         )
     rows = _rows_of_images(told["images"], index, annotations)
-    categories = {each["id"]: str(each["name"]) for each in told["categories"]}
+    categories = {each["id"]: each["name"] for each in told["categories"]}
     names = set(categories.values())
     if not names or min(len(names), len(categories)) < len(told["categories"]):
         raise DataError(
@@ -177,9 +180,12 @@ def _read(path: str) -> dict[str, Any]:
                 f"{path} has no list `{part}`; expected COCO's images, annotations and categories"
             )
         for place, entry in enumerate(entries):
-            lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-            if lacking:
-                raise DataError(f"{path}: {part}[{place}] has no `{lacking[0]}`; expected {', '.join(keys)}")
+            for key, kind in keys.items():
+                if not isinstance(entry, dict) or key not in entry:
+                    raise DataError(f"{path}: {part}[{place}] has no `{key}`; expected {', '.join(keys)}")
+                if not isinstance(entry[key], kind):
+                    expected = getattr(kind, "__name__", str(kind))
+                    raise DataError(f"{path}: {part}[{place}] has {key}={entry[key]!r}; expected {expected}")
     return told
 
 
@@ -191,8 +197,7 @@ def _rows_of_images(entries: list[dict[str, Any]], index: Index, path: str) -> d
     for entry in entries:
         name, row = entry["file_name"], row_of.get(entry["file_name"])
         if row is None:
-            place = os.path.join(index.root, name)
-            reason = rejected.get(place) or rejected.get(name)
+            reason = rejected.get(name)
             told = f"cannot be used ({reason})" if reason else f"is not in {index.root}"
             raise DataError(f"{path} names {name}, which {told}")
         size = int(index.heights[row]), int(index.widths[row])
@@ -210,9 +215,9 @@ def _rows_of_images(entries: list[dict[str, Any]], index: Index, path: str) -> d
     return rows
 
 
-def _is_empty(box: Any, size: tuple[int, int], what: str, image: str) -> bool:
+def _is_empty(box: list, size: tuple[int, int], what: str, image: str) -> bool:
     """Whether a box has no area; DataError where it is none, or outside its image."""
-    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box)
+    numbers = len(box) == 4 and all(isinstance(value, _NUMBER) for value in box)
     if not numbers or not all(map(math.isfinite, box)):
         raise DataError(f"{what} has bbox={box!r}; expected four numbers [x, y, width, height]")
     x, y, width, height = box

@@ -5,7 +5,6 @@ Images go the way of all images, through DALI, by a plan; boxes and masks follow
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,28 +14,33 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2.functional import resize
 
 from fastmim.config_data import DataConfig
-from fastmim.data.schedule import Plan, Schedule
+from fastmim.data.schedule import Plan
 from fastmim.evaluate.batches import decode
+from fastmim.evaluate.crops import Crops, filled_part, random_crops
 from fastmim.evaluate.detect.annotations import Annotation, BoxedImages
 from fastmim.evaluate.detect.coco import bitmap
-from fastmim.evaluate.segment.batches import Crops
-from fastmim.kernels.philox import STREAM_CROP, philox_4x32
 from fastmim.ranks import cores_per_rank
 
-_WORD = 2**32
 _LEAST_SIDE = 1e-5
 
 Target = dict[str, Tensor]
 
 
 def jittered_crops(
-    images: BoxedImages, positions: np.ndarray, seed: int, side: int, scale: tuple[float, float], flip: float
+    images: BoxedImages,
+    positions: np.ndarray,
+    data: DataConfig,
+    seed: int,
+    side: int,
+    scale: tuple[float, float],
+    flip: float,
 ) -> Crops:
     """Large-scale jitter: images whose longer side is a random multiple of a square's, cut where they exceed it.
 
     Args:
         images: to train on.
         positions: int64 [n], in the endless stream of images; every epoch has an order of its own.
+        data: how the encoder's images are read.
         seed: of every draw.
         side: of the square, pixels.
         scale: of the longer side, lowest and highest.
@@ -45,21 +49,7 @@ def jittered_crops(
     Source: Ghiasi et al., "Simple Copy-Paste", CVPR 2021, in ViTDet's range.
     """
     index, rows = images.index, images.rows
-    config = DataConfig(image_size=(side, side), crop="center_crop", flip=flip)
-    plan = Schedule(index.heights[rows], index.widths[rows], seed, config).plan(positions)
-    sample = rows[plan.sample]
-    whole = index.heights[sample].astype(np.int64), index.widths[sample].astype(np.int64)
-    words = philox_4x32(seed, 0, plan.position, plan.epoch, np.full(len(plan), STREAM_CROP))
-    drawn = scale[0] + (scale[1] - scale[0]) * (words[0] + 0.5) / _WORD
-    # Pixels of an image that fill the square's side.
-    seen = np.maximum(1, np.rint(np.maximum(*whole) / drawn)).astype(np.int64)
-    height, width = (np.minimum(full, seen) for full in whole)
-    top, left = (
-        (word * (full - part + 1)) >> 32
-        for word, full, part in zip(words[1:3], whole, (height, width), strict=True)
-    )
-    plan = replace(plan, sample=sample, top=top, left=left, height=height, width=width)
-    return Crops(plan, *_filled(side, (height, width), seen))
+    return random_crops(index, rows, positions, data, seed, side, scale, flip, np.maximum)
 
 
 def whole_images(images: BoxedImages, side: int) -> Crops:
@@ -67,11 +57,7 @@ def whole_images(images: BoxedImages, side: int) -> Crops:
     rows, zeros = images.rows, np.zeros_like(images.rows)
     size = images.index.heights[rows].astype(np.int64), images.index.widths[rows].astype(np.int64)
     plan = Plan(zeros, zeros, rows, zeros, zeros, *size, zeros.astype(bool))
-    return Crops(plan, *_filled(side, size, np.maximum(*size)))
-
-
-def _filled(side: int, window: tuple[np.ndarray, np.ndarray], seen: np.ndarray) -> list[np.ndarray]:
-    return [np.clip(np.rint(side * part / seen), 1, side).astype(np.int64) for part in window]
+    return Crops(plan, *filled_part(side, size, np.maximum(*size)))
 
 
 def decoded(
@@ -100,7 +86,7 @@ def decoded(
 def training_batches(
     images: BoxedImages, data: DataConfig, crops: Crops, side: int, size: int, device: torch.device
 ) -> Iterator[tuple[list[Tensor], list[Target]]]:
-    """As `decoded`, with torchvision's targets: boxes float32 [n, 4], labels int64 [n] from 1, masks uint8 [n, h, w]."""
+    """As `decoded`, each image with torchvision's targets, as of `target_of`."""
     parts = [crops.take(slice(first, first + size)) for first in range(0, len(crops.plan), size)]
     with ThreadPoolExecutor(cores_per_rank()) as pool:
 
@@ -116,7 +102,10 @@ def training_batches(
 
 
 def target_of(images: BoxedImages, one: Crops) -> Target:
-    """What is to be found in one crop; with masks, boxes are those of what is left of them, as in ViTDet."""
+    """What is to be found in one crop: boxes float32 [n, 4], labels int64 [n] from 1, and masks uint8 [n, h, w].
+
+    With masks, boxes are those of what is left of them, as in ViTDet.
+    """
     row = int(one.plan.sample[0])
     place = {kind: number for number, kind in enumerate(images.categories, 1)}
     objects = images.singles(row)

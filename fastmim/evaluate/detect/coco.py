@@ -30,7 +30,7 @@ class Detections:
     boxes: np.ndarray
     scores: np.ndarray
     categories: np.ndarray
-    masks: list[dict[str, Any]] | None = None
+    masks: list[Any] | None = None
 
 
 def check_installed() -> None:
@@ -49,7 +49,7 @@ def bitmap(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
     return mask.decode(mask.frPyObjects(segmentation, *size) if listed else segmentation)
 
 
-def encode(masks: np.ndarray) -> list[dict[str, Any]]:
+def encode(masks: np.ndarray) -> list[Any]:
     """RLEs of masks, bool [n, H, W]."""
     from pycocotools import mask
 
@@ -83,7 +83,7 @@ def measure(images: BoxedImages, found: dict[int, Detections]) -> dict[str, Any]
     return told | {"per_class": classes}
 
 
-def _evaluate(truth: Any, guesses: Any, kind: str) -> tuple[dict[str, float | None], list[tuple]]:
+def _evaluate(truth: Any, guesses: Any, kind: Any) -> tuple[dict[str, float | None], list[tuple]]:
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -91,7 +91,7 @@ def _evaluate(truth: Any, guesses: Any, kind: str) -> tuple[dict[str, float | No
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    figures = dict(zip(FIGURES, map(_known, evaluation.stats.tolist()), strict=True))
+    figures: dict[str, float | None] = dict(zip(FIGURES, map(_known, evaluation.stats.tolist()), strict=True))
     # [thresholds, recalls, categories]
     precision = evaluation.eval["precision"][..., _ANY_AREA, _HUNDRED]
     each = [
@@ -104,7 +104,7 @@ def _evaluate(truth: Any, guesses: Any, kind: str) -> tuple[dict[str, float | No
 def _dataset(images: BoxedImages, annotations: list[dict[str, Any]]) -> Any:
     from pycocotools.coco import COCO
 
-    coco = COCO()
+    coco: Any = COCO()
     coco.dataset = {
         "images": [
             {"id": row, "height": int(images.index.heights[row]), "width": int(images.index.widths[row])}

@@ -20,7 +20,7 @@ class _SizeDefaults(NamedTuple):
     drop_path: float
 
 
-# ViTDet, appendix A.2 and its configuration files, by the least number of blocks: ViT-H, ViT-L, ViT-B.
+# From the configuration files of ViTDet's code, by the least number of blocks: ViT-H, ViT-L, ViT-B.
 _BY_DEPTH = {
     32: _SizeDefaults(epochs=75, layer_decay=0.9, drop_path=0.5),
     24: _SizeDefaults(epochs=100, layer_decay=0.8, drop_path=0.4),
@@ -49,12 +49,17 @@ class DetectConfig(EvaluationConfig):
     """Whether the encoder is fine-tuned."""
     window: Positive | None = 14
     """Side in patches of the windows that blocks attend within, but for four; null attends globally everywhere."""
+    standardise: bool = False
+    """Bring each channel of the encoder's map to mean 0 and deviation 1, as it is on the first training images before
+    training."""
     width: Positive = 256
     """Channels of the pyramid and of the heads' convolutions."""
     hidden: Positive = 1024
     """Width of the linear layer before boxes are classified."""
     rpn_samples: Positive = 256
     """Anchors of an image in the loss of the proposals."""
+    proposals: Positive = 1000
+    """Proposals of an image that are classified, at most."""
     box_samples: Positive = 512
     """Proposals of an image in the loss of the boxes."""
     image_size: Positive = 1024

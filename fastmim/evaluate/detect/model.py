@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from timm.layers import LayerNorm2d
+from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -26,9 +26,9 @@ from fastmim.evaluate.detect.pyramid import LEVELS, SCALES, PyramidBackbone
 
 _ANCHOR = 8  # sides of an anchor over the stride of its level
 _ASPECTS = (0.5, 1.0, 2.0)
-_PROPOSALS = 1000
 _CONVOLUTIONS = 4
 _BOX_GRID, _MASK_GRID = 7, 14
+_STANDARDISED, _EPS = 64, 1e-6
 
 
 class SquareTransform(nn.Module):
@@ -54,7 +54,7 @@ class SquareTransform(nn.Module):
     def forward(
         self, images: list[Tensor], targets: list[Target] | None = None
     ) -> tuple[ImageList, list[Target] | None]:
-        """Images uint8 [C, h, w], h and w at most `side` -> one uint8 [B, C, side, side], upper left; the same targets."""
+        """Images uint8 [C, h, w], h and w at most `side` -> uint8 [B, C, side, side], each upper left; same targets."""
         squares = self.fill.repeat(len(images), 1, self.side, self.side)
         for square, image in zip(squares, images, strict=True):
             square[:, : image.shape[1], : image.shape[2]] = image
@@ -104,7 +104,10 @@ def build_detector(encoder: DenseEncoder, config: DetectConfig, mean: list[float
         options = {
             "rpn_anchor_generator": AnchorGenerator(sizes, (_ASPECTS,) * len(sizes)),
             "rpn_head": RPNHead(width, len(_ASPECTS), conv_depth=2),
-            "rpn_post_nms_top_n_train": _PROPOSALS,
+            "rpn_pre_nms_top_n_train": 2 * config.proposals,
+            "rpn_pre_nms_top_n_test": config.proposals,
+            "rpn_post_nms_top_n_train": config.proposals,
+            "rpn_post_nms_top_n_test": config.proposals,
             "rpn_batch_size_per_image": config.rpn_samples,
             "box_roi_pool": _pool(strides[:-1], _BOX_GRID),
             "box_head": FastRCNNConvFCHead(
@@ -130,6 +133,31 @@ def _pool(strides: list[float], grid: int) -> MultiScaleRoIAlign:
     pool.scales = [1 / stride for stride in strides]
     pool.map_levels = initLevelMapper(*(round(math.log2(stride)) for stride in (strides[0], strides[-1])))
     return pool
+
+
+@torch.no_grad()
+def standardise(
+    model: Detector, images: BoxedImages, data: DataConfig, config: DetectConfig, device: torch.device
+) -> None:
+    """Let each channel of the encoder's map have mean 0 and deviation 1 over the first images, before training.
+
+    Most of what a masked autoencoder's tokens are is the same in all of them, which hides the rest from the pyramid's
+    norms until training has learned to subtract it.
+
+    Args:
+        model: before training.
+        images: to train on.
+        data: how the encoder's images are read.
+        config: image_size is read.
+        device: where the model is.
+    """
+    backbone, transform = model.eval().network.backbone, model.network.transform
+    first = images.take(slice(_STANDARDISED))
+    batches = decoded(first, data, whole_images(first, config.image_size), config.image_size, 8, device)
+    maps = [backbone.map_of(transform(batch)[0].tensors).double() for batch in batches]
+    variance, mean = torch.var_mean(torch.cat(maps), dim=(0, 2, 3), correction=0)
+    backbone.shift.copy_(mean[:, None, None])
+    backbone.scale.copy_((variance + _EPS).rsqrt()[:, None, None])
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Test images with the boxes that are there, and those that were found."""
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 
 SHOWN_SCORE = 0.5
 _MOST_NAMED = 20
-_WIDTH = 3.2
+_WIDTH, _LINE = 2.8, 80
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ def draw_samples(path: Path, samples: list[Sample], categories: dict[int, str], 
     named = list(categories.items())[:_MOST_NAMED]
     patches = [Patch(color=colour[kind], label=_plain(name)) for kind, name in named]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(5, len(patches)), fontsize=8)
-    figure.suptitle(_plain(title), fontsize=8)
+    figure.suptitle(_plain(textwrap.fill(title, _LINE)), fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

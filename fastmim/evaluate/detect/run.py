@@ -1,4 +1,4 @@
-"""The protocol `detect`: read images with boxes, train a detector, find what is in the test images, and tell how well."""
+"""The protocol `detect`: read images with boxes, train a detector, find what is in others, and tell how well."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from fastmim.evaluate.dense import DenseEncoder
 from fastmim.evaluate.detect.annotations import BoxedImages, check_same_categories, read_boxed
 from fastmim.evaluate.detect.coco import Detections, check_installed, measure
 from fastmim.evaluate.detect.config import DetectConfig
-from fastmim.evaluate.detect.model import build_detector, detect
+from fastmim.evaluate.detect.model import build_detector, detect, standardise
 from fastmim.evaluate.detect.pictures import Sample, draw_samples
 from fastmim.evaluate.detect.training import train_detector
 from fastmim.evaluate.job import Job, Task
@@ -36,7 +36,7 @@ class Detection(Task):
     def read(
         self, data: str, test: str | None, images: DataConfig, config: DetectConfig
     ) -> tuple[BoxedImages, BoxedImages]:
-        """The training images that have an object, and the test images; a share is held out where there is no `test`."""
+        """The training images that have an object, and the test images, held out where there is no `test`."""
         check_installed()
         given = config.test_annotations
         if (test is None) != (given is None):
@@ -56,8 +56,8 @@ class Detection(Task):
         tested = read_boxed(test, given, images, "--test", *options)
         check_same_categories(train, tested)
         # One folder may hold both: the annotations say what is whose.
-        shared = np.intersect1d(train.rows, tested.rows) if tested.index.root == train.index.root else ()
-        if len(shared):
+        shared = np.intersect1d(train.rows, tested.rows)
+        if len(shared) and tested.index.root == train.index.root:
             raise DataError(
                 f"{train.index.name(int(shared[0]))} and {len(shared) - 1} more are in annotations and in "
                 "test_annotations; expected other images to test on"
@@ -105,6 +105,8 @@ def evaluate_detect(job: Job) -> Found:
         window=config.window,
     )
     model = build_detector(encoder, config, job.trained.data.mean, len(job.train.categories)).to(ranks.device)
+    if config.standardise:
+        standardise(model, job.train, job.trained.data, config, ranks.device)
     losses = train_detector(model, job)
     own = job.test.take(slice(ranks.rank, None, ranks.world_size))
     size = max(1, config.batch_size // (ranks.world_size * config.accumulation))

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -139,9 +139,7 @@ def _train_epoch(
             # Anchors, proposals and dropped paths are drawn by torch's generator; of the step, they survive a stop.
             low, high, *_ = philox_4x32(config.seed, micro, step, ranks.rank, STREAM_DROP)
             torch.manual_seed(high << 32 | low)
-            last = micro + 1 == config.accumulation
-            single = isinstance(network, DistributedDataParallel) and not last
-            with network.no_sync() if single else nullcontext():
+            with _reduces(network, micro + 1 == config.accumulation):
                 found = network(images, targets)
                 names = sorted(found)
                 values = torch.stack([found[name] for name in names])
@@ -155,10 +153,18 @@ def _train_epoch(
     return {name: value if math.isfinite(value) else None for name, value in losses.items()}, round(still)
 
 
+def _reduces(network: nn.Module, last: bool) -> AbstractContextManager:
+    """Gradients are averaged over ranks in the last backward pass of a step."""
+    if last or not isinstance(network, DistributedDataParallel):
+        return nullcontext()
+    return network.no_sync()
+
+
 def _batches(job: Job, epoch: int, steps: int, share: int) -> Iterator[tuple[list[Tensor], list[Target]]]:
     """This rank's images and targets of an epoch, in the order of steps and backward passes."""
     config, ranks = job.config, job.ranks
     places = np.arange(steps * config.batch_size).reshape(steps, config.accumulation, ranks.world_size, share)
     positions = epoch * len(job.train) + places[:, :, ranks.rank].ravel()
-    crops = jittered_crops(job.train, positions, config.seed, config.image_size, config.scale, config.flip)
-    return training_batches(job.train, job.trained.data, crops, config.image_size, share, ranks.device)
+    data, side = job.trained.data, config.image_size
+    crops = jittered_crops(job.train, positions, data, config.seed, side, config.scale, config.flip)
+    return training_batches(job.train, data, crops, side, share, ranks.device)

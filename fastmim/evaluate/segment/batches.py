@@ -7,7 +7,6 @@ pipeline has one file a sample. They are read beside it, by threads, and cut and
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,32 +14,13 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from fastmim.config_data import DataConfig
-from fastmim.data.schedule import Plan, Schedule
+from fastmim.data.schedule import Plan
 from fastmim.evaluate.batches import decode
+from fastmim.evaluate.crops import Crops, random_crops
 from fastmim.evaluate.segment.masks import UNLABELLED, MaskedImages
-from fastmim.kernels.philox import STREAM_CROP, philox_4x32
 from fastmim.ranks import cores_per_rank
 
-_WORD = 2**32
 _AHEAD = 3
-
-
-@dataclass(frozen=True)
-class Crops:
-    """What of each image becomes which part of a crop.
-
-    Attributes:
-        plan: windows, which lie inside their images, and flips.
-        heights, widths: int64 [n], pixels of the crop that the window fills, from its upper left corner.
-    """
-
-    plan: Plan
-    heights: np.ndarray
-    widths: np.ndarray
-
-    def take(self, rows: slice) -> "Crops":
-        """Some of them."""
-        return Crops(self.plan.take(rows), self.heights[rows], self.widths[rows])
 
 
 def training_crops(
@@ -64,21 +44,7 @@ def training_crops(
         flip: probability.
     """
     index, rows = images.index, images.rows
-    settings = {"crop": "center_crop", "flip": flip, "color_jitter": None, "samples_per_epoch": None}
-    config = data.model_copy(update=settings)
-    plan = Schedule(index.heights[rows], index.widths[rows], seed, config).plan(positions)
-    sample = rows[plan.sample]
-    height, width = index.heights[sample].astype(np.int64), index.widths[sample].astype(np.int64)
-    words = philox_4x32(seed, 0, plan.position, plan.epoch, np.full(len(plan), STREAM_CROP))
-    drawn = scale[0] + (scale[1] - scale[0]) * (words[0] + 0.5) / _WORD
-    side = np.maximum(1, np.rint(np.minimum(height, width) / drawn)).astype(np.int64)
-    window = np.minimum(height, side), np.minimum(width, side)
-    filled = (np.clip(np.rint(crop * part / side), 1, crop).astype(np.int64) for part in window)
-    top, left = (
-        (word * (whole - part + 1)) >> 32
-        for word, whole, part in zip(words[1:3], (height, width), window, strict=True)
-    )
-    return Crops(replace(plan, sample=sample, top=top, left=left, height=window[0], width=window[1]), *filled)
+    return random_crops(index, rows, positions, data, seed, crop, scale, flip, np.minimum)
 
 
 def test_windows(images: MaskedImages, stride: float) -> Plan:

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from fastmim.config_data import DataConfig
 from fastmim.data.index import Index, build_index
-from fastmim.data.schedule import permute
 from fastmim.errors import ConfigError, DataError
+from fastmim.evaluate.split import split_places
 from fastmim.ranks import cores_per_rank
 
 SUFFIX = ".png"
@@ -114,13 +114,8 @@ class MaskedImages:
         Raises:
             DataError: none would stay.
         """
-        n = len(self)
-        held = max(1, round(share * n))
-        if held == n:
-            raise DataError(f"test_share={share:g} leaves none of the {n} images of --data to train on")
-        zeros = np.zeros(n, np.int64)
-        order = permute(np.arange(n), n, seed, zeros, zeros)
-        return self.take(np.sort(order[held:])), self.take(np.sort(order[:held]))
+        kept, held = split_places(len(self), share, seed)
+        return self.take(kept), self.take(held)
 
 
 def read_masked(
