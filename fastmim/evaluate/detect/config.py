@@ -49,9 +49,6 @@ class DetectConfig(EvaluationConfig):
     """Whether the encoder is fine-tuned."""
     window: Positive | None = 14
     """Side in patches of the windows that blocks attend within, but for four; null attends globally everywhere."""
-    standardise: bool = False
-    """Bring each channel of the encoder's map to mean 0 and deviation 1, as it is on the first training images before
-    training."""
     width: Positive = 256
     """Channels of the pyramid and of the heads' convolutions."""
     hidden: Positive = 1024

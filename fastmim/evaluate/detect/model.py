@@ -28,7 +28,6 @@ _ANCHOR = 8  # sides of an anchor over the stride of its level
 _ASPECTS = (0.5, 1.0, 2.0)
 _CONVOLUTIONS = 4
 _BOX_GRID, _MASK_GRID = 7, 14
-_STANDARDISED, _EPS = 64, 1e-6
 
 
 class SquareTransform(nn.Module):
@@ -133,31 +132,6 @@ def _pool(strides: list[float], grid: int) -> MultiScaleRoIAlign:
     pool.scales = [1 / stride for stride in strides]
     pool.map_levels = initLevelMapper(*(round(math.log2(stride)) for stride in (strides[0], strides[-1])))
     return pool
-
-
-@torch.no_grad()
-def standardise(
-    model: Detector, images: BoxedImages, data: DataConfig, config: DetectConfig, device: torch.device
-) -> None:
-    """Let each channel of the encoder's map have mean 0 and deviation 1 over the first images, before training.
-
-    Most of what a masked autoencoder's tokens are is the same in all of them, which hides the rest from the pyramid's
-    norms until training has learned to subtract it.
-
-    Args:
-        model: before training.
-        images: to train on.
-        data: how the encoder's images are read.
-        config: image_size is read.
-        device: where the model is.
-    """
-    backbone, transform = model.eval().network.backbone, model.network.transform
-    first = images.take(slice(_STANDARDISED))
-    batches = decoded(first, data, whole_images(first, config.image_size), config.image_size, 8, device)
-    maps = [backbone.map_of(transform(batch)[0].tensors).double() for batch in batches]
-    variance, mean = torch.var_mean(torch.cat(maps), dim=(0, 2, 3), correction=0)
-    backbone.shift.copy_(mean[:, None, None])
-    backbone.scale.copy_((variance + _EPS).rsqrt()[:, None, None])
 
 
 @torch.no_grad()

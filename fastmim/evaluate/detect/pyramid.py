@@ -60,8 +60,6 @@ class SimpleFeaturePyramid(nn.Module):
 class PyramidBackbone(nn.Module):
     """An encoder and a pyramid, as torchvision's detectors want them.
 
-    The map is shifted and scaled by channel, not at all unless `standardise` of the model sets how.
-
     Args:
         encoder: of one map.
         width: channels of every level.
@@ -71,25 +69,13 @@ class PyramidBackbone(nn.Module):
         out_channels: `width`.
     """
 
-    shift: Tensor
-    scale: Tensor
-
     def __init__(self, encoder: DenseEncoder, width: int, precision: str = "fp32"):
         super().__init__()
         self.encoder, self.pyramid = encoder, SimpleFeaturePyramid(encoder.width, width)
         self.out_channels, self.precision = width, precision
-        # Not of the state: they follow from the weights that training starts from.
-        self.register_buffer("shift", torch.zeros(encoder.width, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.ones(encoder.width, 1, 1), persistent=False)
-
-    def map_of(self, images: Tensor) -> Tensor:
-        """images uint8 [B, C, H, W] -> the encoder's last map as it is, float32 [B, D, h, w]."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.encoder(images.permute(0, 2, 3, 1).contiguous())[-1].float()
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """images uint8 [B, C, H, W] -> float32 levels by name, finest first."""
-        x = (self.map_of(images) - self.shift) * self.scale
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            levels = self.pyramid(x)
+            levels = self.pyramid(self.encoder(images.permute(0, 2, 3, 1).contiguous())[-1])
         return OrderedDict(zip(LEVELS, (level.float() for level in levels), strict=True))

@@ -13,7 +13,7 @@ from fastmim.evaluate.dense import DenseEncoder
 from fastmim.evaluate.detect.annotations import BoxedImages, check_same_categories, read_boxed
 from fastmim.evaluate.detect.coco import Detections, check_installed, measure
 from fastmim.evaluate.detect.config import DetectConfig
-from fastmim.evaluate.detect.model import build_detector, detect, standardise
+from fastmim.evaluate.detect.model import build_detector, detect
 from fastmim.evaluate.detect.pictures import Sample, draw_samples
 from fastmim.evaluate.detect.training import train_detector
 from fastmim.evaluate.job import Job, Task
@@ -105,8 +105,6 @@ def evaluate_detect(job: Job) -> Found:
         window=config.window,
     )
     model = build_detector(encoder, config, job.trained.data.mean, len(job.train.categories)).to(ranks.device)
-    if config.standardise:
-        standardise(model, job.train, job.trained.data, config, ranks.device)
     losses = train_detector(model, job)
     own = job.test.take(slice(ranks.rank, None, ranks.world_size))
     size = max(1, config.batch_size // (ranks.world_size * config.accumulation))
