@@ -5,7 +5,6 @@ images that were made before, and masks that they need not draw. This engine sta
 them, draws its masks, and steps through DeepSpeed, as `fastmim.trainer` does.
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,12 +160,9 @@ def _plain_step(problem: Problem, model: nn.Module, loss: Callable[[Callable], T
     compiled = torch.compile(model)
     groups = parameter_groups(model, optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
-    autocast = contextlib.nullcontext
-    if problem.precision == "bf16":
-        autocast = lambda: torch.autocast(device.type, torch.bfloat16)  # noqa: E731
 
     def step() -> Tensor:
-        with autocast():
+        with torch.autocast(device.type, torch.bfloat16, enabled=problem.precision == "bf16"):
             value = loss(compiled)
         value.backward()
         optimizer.step()

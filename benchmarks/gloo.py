@@ -21,6 +21,14 @@ from fastmim.objectives.base import Images
 from fastmim.precision import choose_precision
 from fastmim.ranks import Ranks
 
+SMALL = [
+    "model.size=small",
+    "objective.decoder_width=128",
+    "objective.decoder_depth=1",
+    "objective.decoder_heads=4",
+]
+"""Words of ViT-S/16 with a light decoder, whose states outweigh the activations of few images."""
+
 
 class Group:
     """Fresh processes that can join each other, kept for several calls; close it, or use it in a `with`.

@@ -24,19 +24,11 @@ from fastmim.kernels.masked_pixel_loss import masked_pixel_loss_reference
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.gloo import FixedBatch, Group, make_config
+from benchmarks.gloo import SMALL, FixedBatch, Group, make_config
 from benchmarks.markdown import table
 from fastmim.memory import Memory, parameter_sizes, predict_memory
 from fastmim.models.attention import choose_attention
 from fastmim.profiling.memory import held_bytes
-
-SMALL = [
-    "model.size=small",
-    "objective.decoder_width=128",
-    "objective.decoder_depth=1",
-    "objective.decoder_heads=4",
-]
-"""The default of `key=value`: ViT-S/16 with a light decoder, whose states outweigh the activations of few images."""
 
 TOLERANCE = {"states": 0.02, "activations": 0.15, "peak": 0.2}
 """Largest relative error of the formula that the page calls a hit."""

@@ -24,19 +24,11 @@ import torch.distributed as dist
 
 from benchmarks import harness, report
 from benchmarks.communication import Link, Step, communication_seconds, efficiency, step_seconds
-from benchmarks.gloo import FixedBatch, Group, make_config
+from benchmarks.gloo import SMALL, FixedBatch, Group, make_config
 from benchmarks.markdown import table
 from fastmim.flops import PEAK_TFLOPS
 from fastmim.memory import ITEM, parameter_sizes
 from fastmim.objectives import build_objective
-
-SMALL = [
-    "model.size=small",
-    "objective.decoder_width=128",
-    "objective.decoder_depth=1",
-    "objective.decoder_heads=4",
-]
-"""The default of `key=value`: ViT-S/16 with a light decoder."""
 
 NVLINK = Link(450e9, 5e-6)
 """Between the 8 GPUs of a DGX H100: 900 GB/s in both directions together (NVIDIA's data sheet)."""

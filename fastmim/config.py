@@ -180,7 +180,8 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     deepspeed: dict[str, Any] = {}
-    """DeepSpeed config fragment: ZeRO stage, offload, communication."""
+    """DeepSpeed config fragment: ZeRO stage, offload, communication. One rank goes without ZeRO 1 and 2, unless they
+    offload or the precision is fp16: it has nothing to shard."""
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -39,6 +39,26 @@ OWNED = {
     "wandb": "log.wandb",
 }
 
+BUCKET_SIZE = 500_000_000
+"""DeepSpeed's default of `reduce_bucket_size`, in numbers."""
+
+
+def offloads_optimizer(fragment: dict[str, Any]) -> bool:
+    """Whether the optimiser's state is kept off the device."""
+    offload = fragment.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
+def stage_in_effect(fragment: dict[str, Any], precision: str, world_size: int) -> int:
+    """The stage of ZeRO that a run is computed by.
+
+    One rank shards nothing at stages 1 and 2, so it goes without them, but for what they alone do: to offload the
+    optimiser, and to scale the loss of fp16.
+    """
+    stage = fragment.get("zero_optimization", {}).get("stage", 0)
+    alone = world_size == 1 and stage < 3 and precision != "fp16" and not offloads_optimizer(fragment)
+    return 0 if alone else stage
+
 
 def check_fragment(fragment: dict[str, Any]) -> None:
     """Refuse what this configuration sets itself, and what DeepSpeed would ignore.

@@ -11,11 +11,10 @@ from pydantic import ValidationError
 from torch import nn
 
 from fastmim.config import Config
+from fastmim.deepspeed_fragment import BUCKET_SIZE, offloads_optimizer, stage_in_effect
 from fastmim.errors import ConfigError
 from fastmim.optim import GuardedAdamW, MasterAdamW, parameter_groups
 from fastmim.ranks import Ranks, cores_per_rank
-
-_BUCKET_SIZE = 500_000_000
 
 
 def deepspeed_config(config: Config, precision: str, micro_batch: int) -> dict[str, Any]:
@@ -34,6 +33,19 @@ def deepspeed_config(config: Config, precision: str, micro_batch: int) -> dict[s
 
 def check_fragment(config: Config, precision: str, micro_batch: int) -> None:
     """Let DeepSpeed read its own sections before anything is built; what it raises becomes one line."""
+    world_size = config.optim.batch_size // (micro_batch * config.optim.accumulation)
+    if precision == "fp16" and config.zero_stage == 0:
+        raise ConfigError(
+            "deepspeed.zero_optimization.stage=0 with fp16, whose loss DeepSpeed scales under ZeRO only; expected "
+            "stage 1, 2 or 3"
+        )
+    wanted = (config.deepspeed.get("data_types") or {}).get("grad_accum_dtype")
+    whole = stage_in_effect(config.deepspeed, precision, world_size) == 0 and world_size > 1
+    if whole and precision == "bf16" and wanted not in (None, "bf16"):
+        raise ConfigError(
+            f"deepspeed.data_types.grad_accum_dtype={wanted!r} with deepspeed.zero_optimization.stage=0 on "
+            f"{world_size} ranks, which sum in bf16; expected stage 1, 2 or 3"
+        )
     try:
         DeepSpeedConfig(deepspeed_config(config, precision, micro_batch))
     except ValidationError as error:
@@ -63,8 +75,6 @@ def build_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """The engine that computes, reduces and applies gradients, with its optimiser.
 
-    On one rank, stages 1 and 2 of ZeRO would shard nothing: unless they offload, the engine steps without them.
-
     Args:
         config: of the run.
         objective: what is trained; its parameters take the precision.
@@ -72,45 +82,38 @@ def build_engine(
         micro_batch: images per rank and backward pass.
     """
     completed = deepspeed_config(config, precision, micro_batch)
-    zero = config.deepspeed.get("zero_optimization", {})
-    alone = dist.get_world_size() == 1 and config.zero_stage < 3 and not _offloads(zero, "optimizer")
-    # DeepSpeed's own 16-bit optimisers without ZeRO count a step more than they made, so they are not used for bf16.
-    guarded = (alone or config.zero_stage == 0) and precision != "fp16"
     groups = parameter_groups(objective, config.optim.weight_decay)
     options: dict[str, Any] = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps}
-    if guarded and precision == "bf16":
+    world_size = dist.get_world_size()
+    stage = stage_in_effect(config.deepspeed, precision, world_size)
+    # DeepSpeed's own 16-bit optimiser without ZeRO counts a step more than it made, and its plain path lets bad
+    # gradients through.
+    if stage == 0:
+        completed["gradient_clipping"] = 0.0  # the optimiser clips
+        completed.pop("zero_optimization", None)
+        completed.pop("bf16", None)
+    else:
+        sizes = {"reduce_bucket_size": _bucket_size(objective)}
+        completed["zero_optimization"] = sizes | completed["zero_optimization"]
+    alone = world_size == 1
+    if stage == 0 and precision == "bf16":
         for parameter in objective.parameters():
             parameter.data = parameter.data.bfloat16()
-        optimizer = MasterAdamW(groups, config.optim.clip_grad, **options)
-        del completed["bf16"]
-    elif guarded:
+        optimizer = MasterAdamW(groups, config.optim.clip_grad, sum_in_float32=alone, **options)
+    elif stage == 0:
         optimizer = GuardedAdamW(groups, config.optim.clip_grad, **options)
-    elif _offloads(zero, "optimizer"):
+    elif offloads_optimizer(config.deepspeed):
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles itself, so only where it is asked for
 
         optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     else:
         optimizer = torch.optim.AdamW(groups, fused=True, **options)
-    if guarded:
-        completed["gradient_clipping"] = 0.0  # it clips
-        completed.pop("zero_optimization", None)
-    elif config.zero_stage:
-        completed["zero_optimization"] = {"reduce_bucket_size": _bucket_size(objective), **zero}
     engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=completed)[0]
-    if guarded and alone:
+    if stage == 0 and alone:
         engine.enable_backward_allreduce = False
-    elif precision == "fp16" and config.zero_stage == 0:
-        # It makes a step without gradients to allocate its state, which Adam's bias correction must not count. (That
-        # decays the weights by one step, which is nothing beside the thousands that follow.)
-        for state in optimizer.state.values():
-            state["step"].zero_()
     return engine
 
 
-def _offloads(zero: dict[str, Any], what: str) -> bool:
-    return (zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
-
-
 def _bucket_size(objective: nn.Module) -> int:
-    """Elements of ZeRO's buckets, which it allocates whole in every step: DeepSpeed's default, or all there are."""
-    return min(_BUCKET_SIZE, sum(p.numel() for p in objective.parameters()))
+    """Numbers in ZeRO's buckets, which it allocates whole in every step: DeepSpeed's default, or all there are."""
+    return min(BUCKET_SIZE, sum(parameter.numel() for parameter in objective.parameters()))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fastmim.config import Config
+from fastmim.deepspeed_fragment import BUCKET_SIZE, offloads_optimizer, stage_in_effect
 from fastmim.errors import ConfigError
 from fastmim.objectives import build_objective
 
@@ -17,11 +18,10 @@ ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of a number."""
 
 # DeepSpeed's defaults, in numbers, not bytes.
-_LIVE_PARAMETERS = (
-    10**9
-)  # stage3_max_live_parameters and _max_reuse_distance: below it what is gathered stays
-_PERSISTENT = 10**5  # stage3_param_persistence_threshold: smaller parameters are whole on every rank
-_BUCKET = 5 * 10**8  # reduce_bucket_size
+_LIVE_PARAMETERS = 10**9
+"""stage3_max_live_parameters and stage3_max_reuse_distance: below it what is gathered stays."""
+_PERSISTENT = 10**5
+"""stage3_param_persistence_threshold: smaller parameters are whole on every rank."""
 
 
 @dataclass(frozen=True)
@@ -94,37 +94,34 @@ def predict_memory(
             f"objective.name={config.objective.name!r}: memory is predicted of 'mae' with objective.decoder='self'"
         )
     sizes = parameter_sizes(config) if sizes is None else sizes
-    item, stage = ITEM[precision], config.zero_stage
+    item, stage = ITEM[precision], stage_in_effect(config.deepspeed, precision, world_size)
     count, shards = sum(sizes), world_size if stage else 1
     whole = sum(size for size in sizes if size <= _PERSISTENT)
     # Parameters in float32 are their own copies, unless ZeRO shards the copies.
     copies = 4 if precision != "fp32" or stage else 0
-    offloads = not on_cpu and _offloads(config)
+    offloads = not on_cpu and offloads_optimizer(config.deepspeed)
+    # One rank without ZeRO moves 16-bit gradients into float32 ones as each is ready.
+    moved = world_size == 1 and stage == 0 and precision == "bf16"
     activations, recomputed = _activations(config, item, world_size, attention, fused_loss)
     return Memory(
         parameters=(count // world_size + whole if stage == 3 else count) * item,
         gathered=min(count - whole, _LIVE_PARAMETERS) * item if stage == 3 else 0,
-        gradients=count // shards * item,
-        buckets=_bucket(config, count, world_size, on_cpu) * item,
+        gradients=count // shards * (4 if moved else item),
+        buckets=_bucket(config, count, world_size, stage, on_cpu) * item,
         optimiser=0 if offloads else (8 + copies) * count // shards,
-        update=0 if offloads or precision == "fp32" else 4 * count // shards,
+        update=0 if offloads or moved or precision == "fp32" else 4 * count // shards,
         activations=activations,
         recomputed=recomputed,
     )
 
 
-def _bucket(config: Config, count: int, world_size: int, on_cpu: bool) -> int:
+def _bucket(config: Config, count: int, world_size: int, stage: int, on_cpu: bool) -> int:
     """Numbers in the buffer that gradients are summed in."""
-    zero = config.deepspeed.get("zero_optimization", {})
-    size = int(zero.get("reduce_bucket_size", _BUCKET))
-    if not config.zero_stage:
-        return min(size, count) if world_size > 1 else 0
+    fitted = min(BUCKET_SIZE, count)
+    if stage == 0:
+        return fitted if world_size > 1 else 0
+    size = int(config.deepspeed["zero_optimization"].get("reduce_bucket_size", fitted))
     return min(size, count) if on_cpu else size
-
-
-def _offloads(config: Config) -> bool:
-    offload = config.deepspeed.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return offload.get("device", "none") != "none"
 
 
 def block_bytes(

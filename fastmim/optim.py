@@ -1,6 +1,8 @@
 """The optimiser, which parameters decay, and the learning rate of every step."""
 
+import functools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +73,8 @@ class MasterAdamW(GuardedAdamW):
     Args:
         params: parameter groups, of 16-bit parameters.
         clip_grad: largest gradient norm; None does not clip.
+        sum_in_float32: gradients move to the copies as each is ready, so that those of several backward passes are
+            summed there. Not where something else must find them on the parameters.
         options: of `torch.optim.AdamW`.
 
     Attributes:
@@ -78,31 +82,29 @@ class MasterAdamW(GuardedAdamW):
         fp32_groups: their copies, which `param_groups` holds.
     """
 
-    def __init__(self, params: list[dict], clip_grad: float | None = None, **options):
+    def __init__(
+        self, params: list[dict], clip_grad: float | None = None, sum_in_float32: bool = False, **options
+    ):
         self.fp16_groups = [list(group["params"]) for group in params]
         self.fp32_groups = [[p.detach().float() for p in group] for group in self.fp16_groups]
         groups = [
             {**group, "params": masters} for group, masters in zip(params, self.fp32_groups, strict=True)
         ]
         super().__init__(groups, clip_grad, **options)
+        if sum_in_float32:
+            for low, high in self._pairs():
+                low.register_post_accumulate_grad_hook(functools.partial(_move_gradient, high))
 
     @torch.no_grad()
     def step(self, closure=None):
         """Update copies and parameters, unless a gradient is infinite or not a number; gradients are used up."""
-        pairs = [
-            (low, high)
-            for group in zip(self.fp16_groups, self.fp32_groups, strict=True)
-            for low, high in zip(*group, strict=True)
-            if low.grad is not None
-        ]
-        lows, highs = map(list, zip(*pairs, strict=True))
-        gradients = [torch.empty_like(high) for high in highs]
-        torch._foreach_copy_(gradients, [low.grad for low in lows])
-        for low, high, gradient in zip(lows, highs, gradients, strict=True):
-            low.grad, high.grad = None, gradient
+        for low, high in self._pairs():
+            if low.grad is not None:
+                _move_gradient(high, low)
         super().step(closure)
-        torch._foreach_copy_(lows, highs)
-        for high in highs:
+        pairs = [(low, high) for low, high in self._pairs() if high.grad is not None]
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        for _, high in pairs:
             high.grad = None
 
     def state_dict(self) -> dict:
@@ -117,3 +119,16 @@ class MasterAdamW(GuardedAdamW):
             for group, stored in zip(self.fp32_groups, masters, strict=True):
                 for master, value in zip(group, stored, strict=True):
                     master.copy_(value)
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for group in zip(self.fp16_groups, self.fp32_groups, strict=True):
+            yield from zip(*group, strict=True)
+
+
+def _move_gradient(high: Tensor, low: Tensor) -> None:
+    """Add a parameter's gradient to its copy's."""
+    if high.grad is None:
+        high.grad = low.grad.float()
+    else:
+        high.grad += low.grad
+    low.grad = None

@@ -133,3 +133,16 @@ def test_masters_are_stored_whole_and_bad_steps_leave_them():
         (*optimizer.fp32_groups, parameters), (*resumed.fp32_groups, others), strict=True
     ):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_gradients_of_several_passes_are_summed_in_float32():
+    parameter = nn.Parameter(torch.zeros(3).bfloat16())
+    optimizer = MasterAdamW([{"params": [parameter]}], lr=0.0, sum_in_float32=True)
+    # Beside 256, bf16 has no 257.
+    for gradient in (256.0, 1.0, 1.0):
+        (parameter * gradient).sum().backward()
+        assert parameter.grad is None
+    (master,) = optimizer.fp32_groups[0]
+    assert master.grad.tolist() == [258.0] * 3
+    optimizer.step()
+    assert master.grad is None and optimizer.grad_norm.item() == pytest.approx(258 * 3**0.5)

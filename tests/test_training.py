@@ -82,12 +82,19 @@ sys.exit(trainer.train(recipes.load(sys.argv[1], sys.argv[2:])))
 """
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_fp16_with_loss_scaling_follows_fp32(recipe, one_rank, stage):
+# Full steps from the first on, so that one of another size would show.
+FULL = ["data.source=images", "train.max_steps=10", "optim.warmup_epochs=0"]
+
+
+@pytest.fixture(scope="module")
+def full_fp32(recipe):
+    return losses(train(recipe, *FULL, "output=full_fp32"))
+
+
+def train_in_fp16(recipe, stage):
     (recipe.parent / "fp16.py").write_text(FP16)
-    arguments = [recipe.name, "data.source=images", f"output=fp16_{stage}", "train.max_steps=8"]
-    arguments.append(f"deepspeed.zero_optimization.stage={stage}")
-    done = subprocess.run(
+    arguments = [recipe.name, *FULL, f"output=fp16_{stage}", f"deepspeed.zero_optimization.stage={stage}"]
+    return subprocess.run(
         [sys.executable, "fp16.py", *arguments],
         cwd=recipe.parent,
         env=environment(),
@@ -95,10 +102,33 @@ def test_fp16_with_loss_scaling_follows_fp32(recipe, one_rank, stage):
         text=True,
         check=False,
     )
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_fp16_with_loss_scaling_follows_fp32(recipe, full_fp32, stage):
+    done = train_in_fp16(recipe, stage)
     assert done.returncode == 0, done.stderr
     got = records(recipe.parent / f"fp16_{stage}")
     assert got[-1]["skipped_steps"] == 0
-    np.testing.assert_allclose(losses(got), one_rank[:8], rtol=0.02)
+    np.testing.assert_allclose(losses(got), full_fp32, rtol=2e-3)
+
+
+def test_fp16_without_zero_is_refused(recipe):
+    done = train_in_fp16(recipe, 0)
+    assert (
+        done.returncode != 0
+        and "stage=0 with fp16, whose loss DeepSpeed scales under ZeRO only" in done.stderr
+    )
+    assert not (recipe.parent / "fp16_0/metrics.jsonl").exists()
+
+
+def test_a_sum_in_float32_without_zero_is_refused_where_ranks_sum_in_bf16(recipe):
+    words = [*BF16, "output=sums", "deepspeed={data_types: {grad_accum_dtype: fp32}}"]
+    done = launch(recipe, *words, ranks=2)
+    assert done.returncode == 2 and "grad_accum_dtype='fp32' with deepspeed.zero" in done.stdout
+
+
+BF16 = [*FULL, "train.precision=bf16"]
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +136,8 @@ def one_rank_bf16(recipe):
     return losses(train(recipe, *BF16, "output=bf16", "deepspeed.zero_optimization.stage=1"))
 
 
-BF16 = ["data.source=images", "train.max_steps=10", "train.precision=bf16", "optim.warmup_epochs=0"]
-
-
-def test_bf16_follows_fp32(recipe, one_rank_bf16):
-    fp32 = train(recipe, *BF16, "output=fp32", "train.precision=fp32")
-    np.testing.assert_allclose(one_rank_bf16, losses(fp32), rtol=0.03)
+def test_bf16_follows_fp32(full_fp32, one_rank_bf16):
+    np.testing.assert_allclose(one_rank_bf16, full_fp32, rtol=0.03)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
@@ -228,7 +254,7 @@ def test_too_many_bad_images_end_the_run_with_their_names(tmp_path):
     assert told.count(".jpg: ") == 4 and "Traceback" not in done.stdout
 
 
-@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 2), ("bf16", 1)])
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 2), ("bf16", 1), ("bf16", 2)])
 def test_non_finite_steps_are_skipped_then_the_run_aborts(recipe, precision, stage):
     output = f"diverge_{precision}_{stage}"
     done = launch(

@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmim.config import OptimConfig
-from fastmim.errors import ConfigError
 from fastmim.evaluate.config import AttentiveConfig
 from fastmim.evaluate.features import FeatureExtractor, regroup
 from fastmim.evaluate.job import Job
 from fastmim.evaluate.labels import LabelledImages
 from fastmim.evaluate.scores import Outcome
-from fastmim.evaluate.sweep import accuracy_of, outcome_of_best, with_chooser
+from fastmim.evaluate.sweep import accuracy_of, outcome_of_best, steps_in_epoch, with_chooser
 from fastmim.optim import learning_rate
 
 _EPS = 1e-6
@@ -108,11 +107,7 @@ def train_attentive(
     Returns:
         The heads, for evaluation, and their mean losses in the last epoch.
     """
-    steps = len(train) // config.batch_size
-    if not steps:
-        raise ConfigError(
-            f"batch_size={config.batch_size}; expected at most the {len(train)} training images"
-        )
+    steps = steps_in_epoch(train, config)
     assert config.heads is not None, "not resolved for its encoder"
     heads = []
     for _ in config.lr:

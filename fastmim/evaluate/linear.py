@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmim.config import OptimConfig
-from fastmim.errors import ConfigError
 from fastmim.evaluate.config import LinearConfig
 from fastmim.evaluate.features import FeatureExtractor, regroup
 from fastmim.evaluate.job import Job
@@ -16,7 +15,7 @@ from fastmim.evaluate.labels import LabelledImages
 from fastmim.evaluate.lars import Lars
 from fastmim.evaluate.logistic import LogisticRegression, fit_logistic
 from fastmim.evaluate.scores import Outcome
-from fastmim.evaluate.sweep import accuracy_of, outcome_of_best, with_chooser
+from fastmim.evaluate.sweep import accuracy_of, outcome_of_best, steps_in_epoch, with_chooser
 from fastmim.optim import learning_rate
 
 _EPS = 1e-6
@@ -70,12 +69,7 @@ def train_heads(
     Returns:
         The heads, for evaluation, and their mean losses in the last epoch.
     """
-    steps = len(train) // config.batch_size
-    if not steps:
-        raise ConfigError(
-            f"batch_size={config.batch_size}; expected at most the {len(train)} training images "
-            "(solver=exact needs no batches)"
-        )
+    steps = steps_in_epoch(train, config, " (solver=exact needs no batches)")
     device = extractor.device
     heads = Heads(len(config.blr), extractor.width, len(train.class_names), config.seed).to(device)
     lars = Lars([heads.weight, heads.bias], config.momentum, config.weight_decay)

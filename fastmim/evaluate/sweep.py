@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmim.errors import ConfigError
 from fastmim.evaluate.config import ViewsConfig
 from fastmim.evaluate.labels import LabelledImages, hold_out
 from fastmim.evaluate.scores import Outcome, best_classes
@@ -15,6 +16,20 @@ def with_chooser(train: LabelledImages, config: ViewsConfig) -> tuple[LabelledIm
     if len(getattr(config, config.swept)) == 1:
         return train, None
     return hold_out(train, config.validation, config.seed, "validation")
+
+
+def steps_in_epoch(train: LabelledImages, config: ViewsConfig, hint: str = "") -> int:
+    """Whole batches of an epoch.
+
+    Raises:
+        ConfigError: there is none; `hint` says what else to do.
+    """
+    steps = len(train) // config.batch_size
+    if not steps:
+        raise ConfigError(
+            f"batch_size={config.batch_size}; expected at most the {len(train)} training images{hint}"
+        )
+    return steps
 
 
 def accuracy_of(logits: Tensor, images: LabelledImages) -> float:

@@ -5,8 +5,6 @@ import tarfile
 import pytest
 from PIL import Image
 
-pytest.importorskip("elpv_dataset")
-
 from benchmarks import dataloading, loaders
 from benchmarks.photographs import SIZE, write_photographs
 

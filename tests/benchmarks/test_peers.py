@@ -70,7 +70,6 @@ def wanted(problem):
 
 @pytest.mark.parametrize("name", ["transformers", "lightly"])
 def test_a_peer_makes_the_same_steps(problem, wanted, name):
-    pytest.importorskip(name)
     with torch.compiler.set_stance("force_eager"):
         step = CONTENDERS[name](problem)
         assert [float(step()) for _ in range(2)] == pytest.approx(wanted, rel=1e-5)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fastmim.config_data import DataConfig
-from fastmim.errors import ConfigError, DataError
+from fastmim.errors import DataError
 from fastmim.evaluate.batches import centre_plan, decode
 from fastmim.evaluate.dense import DenseEncoder
 from fastmim.evaluate.detect.annotations import BoxedImages, check_same_categories, read_boxed
@@ -17,6 +17,7 @@ from fastmim.evaluate.detect.model import build_detector, detect
 from fastmim.evaluate.detect.pictures import Sample, draw_samples
 from fastmim.evaluate.detect.training import train_detector
 from fastmim.evaluate.job import Job, Task
+from fastmim.evaluate.split import check_test_told
 
 PREDICTIONS = "predictions.png"
 _MOST_DRAWN = 400
@@ -38,16 +39,8 @@ class Detection(Task):
     ) -> tuple[BoxedImages, BoxedImages]:
         """The training images that have an object, and the test images, held out where there is no `test`."""
         check_installed()
+        check_test_told(test, "test_annotations", config)
         given = config.test_annotations
-        if (test is None) != (given is None):
-            without = (
-                f"--test {test} without test_annotations"
-                if test
-                else f"test_annotations={given!r} without --test"
-            )
-            raise ConfigError(f"{without}; expected both or neither")
-        if test is not None and "test_share" in config.model_fields_set:
-            raise ConfigError(f"test_share={config.test_share:g} with --test {test}; expected one of them")
         options = config.masks, config.drop_empty_boxes
         train = read_boxed(data, config.annotations, images, "--data", *options)
         if test is None or given is None:

@@ -16,6 +16,7 @@ from fastmim.evaluate.segment.masks import MaskedImages, MaskReader, read_masked
 from fastmim.evaluate.segment.model import Segmenter, build_head, predict
 from fastmim.evaluate.segment.scores import Sample, Segmentation, count_pixels, draw_samples, summary
 from fastmim.evaluate.segment.training import train_segmenter
+from fastmim.evaluate.split import check_test_told
 
 CONFUSION, PREDICTIONS = "confusion.png", "predictions.png"
 _MOST_DRAWN = 400
@@ -28,15 +29,7 @@ class SemanticSegmentation(Task):
         self, data: str, test: str | None, images: DataConfig, config: SegmentConfig
     ) -> tuple[MaskedImages, MaskedImages]:
         """The training and the test images; a share is held out where there is no `test`."""
-        if (test is None) != (config.test_masks is None):
-            without = (
-                f"--test {test} without test_masks"
-                if test
-                else f"test_masks={config.test_masks!r} without --test"
-            )
-            raise ConfigError(f"{without}; expected both or neither")
-        if test is not None and "test_share" in config.model_fields_set:
-            raise ConfigError(f"test_share={config.test_share:g} with --test {test}; expected one of them")
+        check_test_told(test, "test_masks", config)
         reader = MaskReader(config.ignore, config.reduce_zero_label)
         names = None if config.names is None else read_names(config.names)
         train = read_masked(data, config.masks, images, reader, "--data", names)
