@@ -1,4 +1,4 @@
-"""Every objective on the demo photographs, for equal steps: loss, images/s, and a linear probe.
+"""Every objective on the demo photographs, for equal steps: loss, images/s, peak memory, and a linear probe.
 
 `python benchmarks/objectives.py` trains each through launch.py and prints a Markdown table; `--docs FOLDER` also
 writes it, between the markers of FOLDER/objectives.md, with a picture of the loss curves.
@@ -109,11 +109,18 @@ def summarise(rows: list[dict], random: float) -> str:
     for row in rows:
         first, last = row["losses"][0][1], row["losses"][-1][1]
         accuracy = "–" if row["probe"] is None else f"{row['probe']:.1%}"
-        lines.append([row["variant"], f"{first:.3f}", f"{last:.3f}", f"{row['images_per_s']:.0f}", accuracy])
-    lines.append(["random encoder", "–", "–", "–", f"{random:.1%}"])
-    return table(
-        ["objective", "loss, first 10 steps", "loss, last 10 steps", "images/s", "linear probe"], lines
-    )
+        speed, memory = f"{row['images_per_s']:.0f}", f"{row['peak_memory_bytes'] / 2**20:.0f}"
+        lines.append([row["variant"], f"{first:.3f}", f"{last:.3f}", speed, memory, accuracy])
+    lines.append(["random encoder", "–", "–", "–", "–", f"{random:.1%}"])
+    header = [
+        "objective",
+        "loss, first 10 steps",
+        "loss, last 10 steps",
+        "images/s",
+        "peak MiB",
+        "linear probe",
+    ]
+    return table(header, lines)
 
 
 def draw(path: Path, rows: list[dict]) -> None:

@@ -12,7 +12,13 @@ from fastmim.config_objective import OBJECTIVES
 
 PAGE = Path(objectives.__file__).parents[1] / "docs" / "objectives.md"
 ROWS = [
-    {"variant": name, "images_per_s": 12.3, "losses": [[10, 2.0], [20, 1.0]], "probe": 0.7}
+    {
+        "variant": name,
+        "images_per_s": 12.3,
+        "peak_memory_bytes": 3 << 20,
+        "losses": [[10, 2.0], [20, 1.0]],
+        "probe": 0.7,
+    }
     for name in objectives.VARIANTS
 ]
 
@@ -40,7 +46,9 @@ def test_the_page_shows_every_variant_and_can_be_filled_again(tmp_path):
     assert all(f"| {name} |" in page for name in [*objectives.VARIANTS, "random encoder"])
     text = objectives.summarise([{**ROWS[0], "probe": None}, *ROWS[1:]], 0.5)
     filled = markdown.fill(page, {"objectives": text})
-    assert "| 2.000 | 1.000 | 12 | – |" in filled and "| random encoder | – | – | – | 50.0% |" in filled
+    assert (
+        "| 2.000 | 1.000 | 12 | 3 | – |" in filled and "| random encoder | – | – | – | – | 50.0% |" in filled
+    )
     assert filled.partition("<!-- table")[0] == page.partition("<!-- table")[0]
     objectives.draw(tmp_path / "curves.png", ROWS)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
