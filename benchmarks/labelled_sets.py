@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ class LabelledSet:
         epochs: of fine-tuning, by share of the labels; a share that is not here is not fine-tuned.
         shares: of the labels.
         draws: how often a share below 1 is drawn for the classifiers of stored features.
+        pool: what of an encoder's patches those classifiers are given.
     """
 
     title: str
@@ -45,6 +47,7 @@ class LabelledSet:
     epochs: dict[float, int] = field(default_factory=dict)
     shares: tuple[float, ...] = (0.01, 0.1, 1.0)
     draws: int = 3
+    pool: Literal["mean", "quadrants"] = "mean"
 
     def read(self, config: Config) -> tuple[LabelledImages, LabelledImages]:
         """The training and the test images."""
@@ -82,9 +85,9 @@ def _table(images: LabelledImages, features: Tensor) -> tuple[np.ndarray, Tensor
     return places, features
 
 
-def patch_means(encoder: Encoder, config: Config) -> Callable[[LabelledImages], Tensor]:
-    """What computes the mean of the patch features of whole images, [n, width]."""
-    return FeatureExtractor(encoder, config, KnnConfig(pool="mean", center=1.0)).centre
+def features(encoder: Encoder, config: Config, pool: str) -> Callable[[LabelledImages], Tensor]:
+    """What computes the features of whole images, float32 [n, D]."""
+    return FeatureExtractor(encoder, config, KnnConfig(pool=pool, center=1.0)).centre
 
 
 def pixels(config: Config) -> Callable[[LabelledImages], Tensor]:
@@ -111,6 +114,7 @@ SETS = {
         test_labels=str(_FASHION / "test_labels.npy"),
         minutes=13,
         epochs={0.01: 15, 0.1: 4},
+        pool="quadrants",
     ),
     "photographs": LabelledSet(
         title="Photographs of solar cells, whole or defective, 2,460 + 164 images at 96 × 96",

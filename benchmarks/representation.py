@@ -27,7 +27,7 @@ from benchmarks.labelled_sets import (  # noqa: E402
     SETS,
     LabelledSet,
     StoredFeatures,
-    patch_means,
+    features,
     pixels,
     share_of,
 )
@@ -102,7 +102,7 @@ class Weights:
     """
 
     def __init__(self, labelled: LabelledSet, paths: dict[str, Path], quick: bool):
-        self.paths = paths
+        self.paths, self._pool = paths, labelled.pool
         self.config = recipes.load(str(paths[OURS] / "config.yaml"))
         self.train, self.test = labelled.read(self.config)
         if quick:
@@ -113,7 +113,11 @@ class Weights:
         self.features = cache(self._features)
 
     def _features(self, name: str) -> StoredFeatures:
-        compute = pixels(self.config) if name == PIXELS else patch_means(*load_encoder(str(self.paths[name])))
+        compute = (
+            pixels(self.config)
+            if name == PIXELS
+            else features(*load_encoder(str(self.paths[name])), self._pool)
+        )
         return StoredFeatures((self.train, self.test), compute)
 
 

@@ -43,8 +43,9 @@ class ProtocolConfig(EvaluationConfig):
     """Likewise of --test; `labels` itself unless given, where that is a CSV."""
     test_share: float = Field(0.2, gt=0, lt=1)
     """Share of each class of --data that is the test set where there is no --test."""
-    pool: Literal["cls", "mean"] = "cls"
-    """The feature of an image: its cls token, or the mean over its patches; both after the encoder's last norm."""
+    pool: Literal["cls", "mean", "quadrants"] = "cls"
+    """The feature of an image, after the encoder's last norm: its cls token, the mean over its patches, or the means
+    over those of its four quarters, one after the other."""
     center: float = Field(224 / 256, gt=0, le=1)
     """Side of the centre crop over that of the largest one that fits; 224/256 is the custom on ImageNet."""
     images_at_once: int = Field(64, gt=0)

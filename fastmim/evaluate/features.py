@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,8 +38,8 @@ class FeatureExtractor:
     ):
         self.encoder, self.protocol, self._data = encoder, protocol, config.data
         self._ranks = ranks or Ranks()
-        self.device, self.width = encoder.cls_token.device, config.model.width
-        self._patches = config.grid[0] * config.grid[1]
+        self.device, self._grid = encoder.cls_token.device, config.grid
+        self.width = config.model.width * (4 if protocol.pool == "quadrants" else 1)
 
     @classmethod
     def of(cls, job: Job) -> "FeatureExtractor":
@@ -66,7 +67,9 @@ class FeatureExtractor:
 
     def _features(self, images: LabelledImages, plan: Plan) -> Iterator[Tensor]:
         size = self.protocol.images_at_once
-        shape = (self._patches, self.width) if self.protocol.pool == "patches" else (self.width,)
+        shape = (
+            (self._grid[0] * self._grid[1], self.width) if self.protocol.pool == "patches" else (self.width,)
+        )
         none = torch.empty(0, *shape, device=self.device)
         own = self._own_features(images, own_batches(plan, size, self._ranks))
         return gather_batches(own, len(plan), size, none, self._ranks)
@@ -76,15 +79,33 @@ class FeatureExtractor:
         size = self.protocol.images_at_once
         batches = decode(images.index, self._data, plan, size, self.device)
         quiet = None if self._ranks.first else True
+        patches = self._grid[0] * self._grid[1]
         for batch in tqdm(batches, total=-(-len(plan) // size), desc="features", leave=False, disable=quiet):
-            tokens = self.encoder(batch, everything(len(batch), self._patches, self.device)).float()
-            yield _pooled(tokens, self.protocol.pool)
+            tokens = self.encoder(batch, everything(len(batch), patches, self.device)).float()
+            yield pooled(tokens, self.protocol.pool, self._grid)
 
 
-def _pooled(tokens: Tensor, pool: str) -> Tensor:
+def pooled(tokens: Tensor, pool: str, grid: tuple[int, int]) -> Tensor:
+    """What stands for an image.
+
+    Args:
+        tokens: [B, 1 + rows x columns, D], the cls token first.
+        pool: cls, mean, quadrants or patches. Quarters of a grid with an odd side share the patches in its middle.
+        grid: rows and columns of patches.
+
+    Returns:
+        [B, D]; of quadrants [B, 4 D]: upper left, upper right, lower left, lower right; of patches
+        [B, rows x columns, D].
+    """
     if pool == "cls":
         return tokens[:, 0]
-    return tokens[:, 1:].mean(1) if pool == "mean" else tokens[:, 1:]
+    patches = tokens[:, 1:]
+    if pool == "mean":
+        return patches.mean(1)
+    if pool == "patches":
+        return patches
+    maps = patches.unflatten(1, grid).movedim(-1, 1)
+    return F.adaptive_avg_pool2d(maps, 2).flatten(2).transpose(1, 2).flatten(1)
 
 
 def everything(images: int, patches: int, device: torch.device) -> Mask:

@@ -17,7 +17,7 @@ from fastmim.data.index import build_index
 from fastmim.data.loader import load_images
 from fastmim.evaluate.config import KnnConfig
 from fastmim.evaluate.encoder import load_encoder
-from fastmim.evaluate.features import FeatureExtractor
+from fastmim.evaluate.features import FeatureExtractor, pooled
 from fastmim.evaluate.labels import read_labelled
 from fastmim.masking import mask_from_order
 
@@ -38,6 +38,7 @@ def result(tmp_path, out="out"):
     return json.loads((tmp_path / out / "eval.json").read_text())
 
 
+HALVES = (slice(0, 2), slice(2, 4))
 LARS = ["blr=[0.01,200]", "batch_size=6", "epochs=40", "warmup_epochs=1", "pool=mean", "scale=[0.5,1]"]
 
 
@@ -107,10 +108,24 @@ def test_features_are_those_of_whole_centre_crops_after_the_last_norm(weights, t
     last = encoder(images, everything, every_layer=True)[-1]
     tokens = F.layer_norm(last, (32,), encoder.norm.weight, encoder.norm.bias, 1e-6)
     labelled = read_labelled(str(train_folder), config.data, None, "--data")
-    for pool, wanted in {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1)}.items():
+    patches = tokens[:, 1:].unflatten(1, (4, 4))
+    quarters = [patches[:, rows, columns] for rows in HALVES for columns in HALVES]
+    means = torch.cat([quarter.mean((1, 2)) for quarter in quarters], dim=1)
+    expected = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1), "quadrants": means}
+    for pool, wanted in expected.items():
         protocol = KnnConfig(pool=pool, center=1.0, images_at_once=7)
-        told = FeatureExtractor(encoder, config, protocol).centre(labelled)
+        extractor = FeatureExtractor(encoder, config, protocol)
+        told = extractor.centre(labelled)
+        assert told.shape == (len(images), extractor.width)
         torch.testing.assert_close(told, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_quarters_of_an_odd_grid_share_its_middle():
+    tokens = torch.arange(3.0 * 5 + 1)[None, :, None]
+    # Row 1 and column 2 are in two quarters each, the patch where they cross in all four.
+    rows, columns = ((0, 1), (1, 2)), ((0, 1, 2), (2, 3, 4))
+    wanted = [np.mean([1 + 5 * r + c for r in some for c in those]) for some in rows for those in columns]
+    assert pooled(tokens, "quadrants", (3, 5)).tolist() == [wanted]
 
 
 def test_without_test_images_a_share_of_each_class_is_held_out(command, tmp_path):
@@ -160,7 +175,7 @@ def test_bad_input_is_one_line(command, weights, train_folder, make_classes, tmp
     refused = {
         "k=0; expected an integer > 0": ["knn", "k=0"],
         "kk=3: unknown key; did you mean k?": ["knn", "kk=3"],
-        "pool='max'; expected 'cls' or 'mean'": ["knn", "pool=max"],
+        "pool='max'; expected 'cls', 'mean' or 'quadrants'": ["knn", "pool=max"],
         "k=37; expected at most the 36 training images": ["knn", "k=37"],
         "batch_size=16384; expected at most the 36 training images": ["linear"],
         "blr=[0.3] with solver='exact'; expected solver='lars'": ["linear", "solver=exact", "blr=0.3"],
