@@ -69,10 +69,10 @@ def pretrain(recipe: str, source: str, run: Path, minutes: float, overrides: lis
 
 
 def _launch(recipe: str, words: list[str]) -> float:
-    return _run([sys.executable, str(ROOT / "launch.py"), "--config", recipe, *words])
+    return run_process([sys.executable, str(ROOT / "launch.py"), "--config", recipe, *words])
 
 
-def _run(command: list[str]) -> float:
+def run_process(command: list[str]) -> float:
     """Run a process to its end; returns its seconds."""
     started = time.monotonic()
     # DeepSpeed looks for ninja beside the interpreter.
@@ -115,7 +115,7 @@ def pretrain_plain(run: Path, initial: Path, folder: Path, seconds: float, worke
     script = Path(__file__).with_name("plain_vitmae.py")
     words = [str(run / "config.yaml"), str(folder / "initial"), str(folder), f"{seconds}", f"{workers}"]
     # -P: beside the script lies kernels.py, which transformers would take for a package of that name.
-    spent = _run([sys.executable, "-P", str(script), *words])
+    spent = run_process([sys.executable, "-P", str(script), *words])
     data = recipes.load(str(run / "config.yaml")).data
     statistics = [f"data.mean={data.mean}", f"data.std={data.std}"]
     write_durably(told, json.dumps({**json.loads(told.read_text()), "run_seconds": spent}))

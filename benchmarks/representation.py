@@ -12,8 +12,6 @@ import logging
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
@@ -22,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from benchmarks.harness import describe_machine  # noqa: E402
+from benchmarks.kept import OURS, RANDOM, Results  # noqa: E402
 from benchmarks.labelled_sets import (  # noqa: E402
     SETS,
     LabelledSet,
@@ -40,13 +38,12 @@ from fastmim.evaluate.knn import ask_neighbours  # noqa: E402
 from fastmim.evaluate.linear import evaluate_exact  # noqa: E402
 from fastmim.evaluate.protocols import PROTOCOLS, load  # noqa: E402
 from fastmim.evaluate.scores import summary  # noqa: E402
-from fastmim.manifest import write_durably  # noqa: E402
 from fastmim.ranks import Ranks  # noqa: E402
 
-OURS, RANDOM, PIXELS, PLAIN = "pre-trained", "random weights", "raw pixels", "transformers"
+PIXELS, PLAIN = "raw pixels", "transformers"
 STORED = {"linear": ("linear_small", evaluate_exact), "knn": ("knn_small", ask_neighbours)}
 """Classifiers of features that are computed once: recipe, and what runs it."""
-MAX_ITERATIONS = 150
+MAX_ITERATIONS = 50
 """Of the linear classifiers: their accuracy on all labels no longer changes, where the optimum takes minutes more."""
 TRAINED = {"partial": ["trainable_blocks=1"], "full": []}
 """Classifiers that train on from the weights: overrides of fine-tuning."""
@@ -63,33 +60,6 @@ QUICK = [
 ]
 """A network and a run of seconds, whose accuracies say nothing."""
 _QUICK_IMAGES = 2000  # of which 1 % are two of each of ten classes: one to train on and one that chooses
-
-
-class Results:
-    """Rows in a file, so that a run that was stopped goes on.
-
-    Args:
-        path: of the file.
-        settings: what makes the rows comparable; a file of others is refused.
-    """
-
-    def __init__(self, path: Path, settings: dict):
-        self.path = path
-        found = json.loads(path.read_text()) if path.exists() else {"settings": settings, "rows": {}}
-        if found["settings"] != settings:
-            sys.exit(f"{path} is of {found['settings']}, this call of {settings}; expected another --runs")
-        self.told = {**found, "machine": describe_machine("cpu")}
-
-    def keep(self, name: str, make: Callable[[], dict]) -> dict:
-        """A row, made where it is missing."""
-        rows = self.told["rows"]
-        if name not in rows:
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            started = time.perf_counter()
-            rows[name] = make()
-            rows[name]["seconds"] = time.perf_counter() - started
-            write_durably(self.path, json.dumps(self.told, indent=1))
-        return rows[name]
 
 
 class Weights:

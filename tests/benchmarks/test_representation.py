@@ -82,7 +82,7 @@ def race_is_run(words, monkeypatch, capsys):
         plain_vitmae.train(recipes.load(config), Path(initial), Path(folder), time.monotonic(), 1e-3, 0)
         return 1e-3
 
-    monkeypatch.setattr(pretraining, "_run", run)
+    monkeypatch.setattr(pretraining, "run_process", run)
     representation.main([*words, "--equal-time"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.shapes import KINDS, draw_shapes
 from fastmim import recipes
 from fastmim.cli import main
 from fastmim.evaluate.detect import coco, run, training
 from fastmim.evaluate.detect.coco import FIGURES
 from fastmim.evaluate.detect.config import DetectConfig
 from fastmim.evaluate.encoder import load_encoder
-from tests.evaluate.shapes import KINDS, draw_shapes
 
 WORDS = [
     "head=faster_rcnn",

@@ -5,8 +5,8 @@ import json
 import numpy as np
 from PIL import Image
 
+from benchmarks.shapes import draw_shapes
 from fastmim.evaluate.detect.coco import bitmap
-from tests.evaluate.shapes import draw_shapes
 
 
 def test_masks_and_annotations_agree_and_are_drawn_again_alike(tmp_path):
