@@ -1,6 +1,5 @@
 """The discrete autoencoder: its formula in float64, its schedules, its pictures and its runs."""
 
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +14,7 @@ from fastmim import recipes
 from fastmim.config_objective import DVAE_STRIDE
 from fastmim.errors import ConfigError
 from fastmim.objectives import build_objective
-from tests.launching import launch, losses, records, train, write_images
+from tests.launching import losses, train, write_images
 
 SMALL = [
     "objective.name=dvae",
@@ -222,11 +221,11 @@ def test_it_resumes_bitwise_with_its_noise_and_schedules(recipe, whole):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_two_ranks_under_zero_3_run(recipe):
-    done = launch(
-        recipe,
-        *("data.source=images", "output=zero3", "train.max_steps=3", "deepspeed.zero_optimization.stage=3"),
-        ranks=2,
-    )
-    assert done.returncode == 0, done.stdout
-    assert all(math.isfinite(loss) for loss in losses(records(recipe.parent / "zero3")))
+def test_two_ranks_learn_alike_whatever_the_stage(recipe):
+    # Each rank draws noise of its own, so that two ranks do not learn what one does.
+    found = []
+    for stage in ("{stage: 1}", "{stage: 3, stage3_param_persistence_threshold: 0}"):
+        words = [f"output=stage{len(found)}", f"deepspeed.zero_optimization={stage}", "train.max_steps=3"]
+        found.append(losses(train(recipe, "data.source=images", *words, ranks=2)))
+    assert len(found[0]) == 3
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
