@@ -44,7 +44,7 @@ PIXELS, PLAIN = "raw pixels", "transformers"
 STORED = {"linear": ("linear_small", evaluate_exact), "knn": ("knn_small", ask_neighbours)}
 """Classifiers of features that are computed once: recipe, and what runs it."""
 MAX_ITERATIONS = 50
-"""Of the linear classifiers: their accuracy on all labels no longer changes, where the optimum takes minutes more."""
+"""Of the linear classifiers, alike for every column: the optimum of all labels takes minutes more."""
 TRAINED = {"partial": ["trainable_blocks=1"], "full": []}
 """Classifiers that train on from the weights: overrides of fine-tuning."""
 SHORT = [
