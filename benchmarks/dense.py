@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.kept import OURS, RANDOM, Results  # noqa: E402
-from benchmarks.markdown import fill, table  # noqa: E402
+from benchmarks.kept import OURS, RANDOM, Results, cost, parse, percent, tell  # noqa: E402
+from benchmarks.markdown import table  # noqa: E402
 from benchmarks.pretraining import initial_weights, pretrain, run_process  # noqa: E402
 from benchmarks.shapes import draw_shapes  # noqa: E402
 
@@ -95,33 +94,18 @@ def figures_table(told: dict) -> str:
     for title in TASKS:
         cells = []
         for start in (OURS, RANDOM):
-            seeds = (key_of(title, start, seed) for seed in range(SEEDS))
-            values = [100 * rows[key]["figure"] for key in seeds if key in rows]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "–")
+            keys = [key_of(title, start, seed) for seed in range(SEEDS)]
+            cells.append(percent([rows[key]["figure"] for key in keys if key in rows]))
         lines.append([title, "AP" if TASKS[title][0] == "detect" else "mIoU", *cells])
-    run, total = rows["pre-training"], sum(row["seconds"] for row in rows.values())
-    cost = (
-        f"{run['run_seconds'] / 60:.0f} minutes of pre-training on {run['images']:,} images, "
-        f"{total / 60:.0f} minutes in all, on {told['machine']['cores']} cores"
-    )
-    return f"{table(['task', '%', OURS, RANDOM], lines)}\n\nMean and standard deviation over {SEEDS} seeds: {cost}."
+    header = ["task", "%", OURS, RANDOM]
+    return f"{table(header, lines)}\n\nMean and standard deviation over {SEEDS} seeds: {cost(told)}."
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Draw, pre-train, train, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help="of pre-training (default %(default)s)"
-    )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
-    parser.add_argument("--runs", type=Path, default=Path("runs/dense"), help="where all is kept")
-    parser.add_argument("--quick", action="store_true", help="a tiny network, a few steps: does it run?")
-    parser.add_argument("--json", type=Path, help="write machine and rows")
-    parser.add_argument("--docs", type=Path, help="write the table into FOLDER/evaluation.md")
-    args = parser.parse_args(arguments)
-    if args.quick and args.docs:
-        parser.error("--docs with --quick, whose figures say nothing; expected one of them")
+    args = parse(parser, arguments, MINUTES, "runs/dense")
     os.chdir(ROOT)
     args.runs.mkdir(parents=True, exist_ok=True)
     places = draw_sets(args.runs, QUICK_SETS if args.quick else SETS)
@@ -138,13 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
                 key = key_of(title, start, seed)
                 out = args.runs / "tasks" / key.replace(", ", "-").replace(" ", "-")
                 results.keep(key, partial(evaluate, title, weights, seed, places, out, args.quick))
-    text = figures_table(results.told)
-    print(text)
-    if args.json:
-        args.json.write_text(json.dumps(results.told, indent=1))
-    if args.docs:
-        page = args.docs / "evaluation.md"
-        page.write_text(fill(page.read_text(), {"dense": text}, partly=True))
+    tell(args, results.told, "dense", figures_table(results.told))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Rows that take minutes each, kept in a file: a benchmark that was stopped goes on."""
+"""Rows that take minutes each, kept in a file, so that a benchmark that was stopped goes on; and how they are told."""
 
+import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness import describe_machine
+from benchmarks.markdown import fill
 from fastmim.manifest import write_durably
 
 OURS, RANDOM = "pre-trained", "random weights"
@@ -38,3 +41,48 @@ class Results:
             rows[name]["seconds"] = time.perf_counter() - started
             write_durably(self.path, json.dumps(self.told, indent=1))
         return rows[name]
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, minutes: float | None, runs: str
+) -> argparse.Namespace:
+    """Parse with the options that these benchmarks share, of which `--minutes` and `--runs` have defaults."""
+    parser.add_argument(
+        "--minutes", type=float, default=minutes, help="of pre-training (default: as documented)"
+    )
+    parser.add_argument("--runs", type=Path, default=Path(runs), help="where all is kept")
+    parser.add_argument("--quick", action="store_true", help="a tiny network, a few steps: does it run?")
+    parser.add_argument("--json", type=Path, help="write machine and rows")
+    parser.add_argument("--docs", type=Path, help="write the table into FOLDER/evaluation.md")
+    args = parser.parse_args(arguments)
+    if args.quick and args.docs:
+        parser.error("--docs with --quick, whose figures say nothing; expected one of them")
+    return args
+
+
+def tell(args: argparse.Namespace, told: dict, name: str, text: str) -> None:
+    """Print a table, and write rows and page where the options say so; `name` is of the page's markers."""
+    print(text)
+    if args.json:
+        args.json.write_text(json.dumps(told, indent=1))
+    if args.docs:
+        page = args.docs / "evaluation.md"
+        page.write_text(fill(page.read_text(), {name: text}, partly=True))
+
+
+def percent(values: list[float]) -> str:
+    """The mean of shares in percent, with their standard deviation where there are several; a dash of none."""
+    if not values:
+        return "–"
+    each = [100 * value for value in values]
+    spread = f" ± {statistics.stdev(each):.1f}" if len(each) > 1 else ""
+    return f"{statistics.mean(each):.1f}{spread}"
+
+
+def cost(told: dict) -> str:
+    """What pre-training and all rows together took."""
+    run, total = told["rows"]["pre-training"], sum(row["seconds"] for row in told["rows"].values())
+    return (
+        f"{run['run_seconds'] / 60:.0f} minutes of pre-training on {run['images']:,} images, "
+        f"{total / 60:.0f} minutes in all, on {told['machine']['cores']} cores"
+    )

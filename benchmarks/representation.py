@@ -7,10 +7,8 @@ tables between the markers of FOLDER/evaluation.md.
 """
 
 import argparse
-import json
 import logging
 import os
-import statistics
 import sys
 from functools import cache, partial
 from pathlib import Path
@@ -20,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from benchmarks.kept import OURS, RANDOM, Results  # noqa: E402
+from benchmarks.kept import OURS, RANDOM, Results, cost, parse, percent, tell  # noqa: E402
 from benchmarks.labelled_sets import (  # noqa: E402
     SETS,
     LabelledSet,
@@ -29,7 +27,7 @@ from benchmarks.labelled_sets import (  # noqa: E402
     pixels,
     share_of,
 )
-from benchmarks.markdown import fill, table  # noqa: E402
+from benchmarks.markdown import table  # noqa: E402
 from benchmarks.pretraining import initial_weights, pretrain, pretrain_plain  # noqa: E402
 from fastmim import recipes  # noqa: E402
 from fastmim.evaluate.encoder import fingerprint_of, load_encoder  # noqa: E402
@@ -174,11 +172,7 @@ def race(results: Results, weights: Weights, labelled: LabelledSet, workers: int
 
 def accuracy(rows: dict, key: str) -> str:
     """A row's mean accuracy, with its standard deviation over draws; a dash where there is none."""
-    if key not in rows:
-        return "–"
-    each = [100 * value for value in rows[key]["accuracy"]]
-    spread = f" ± {statistics.stdev(each):.1f}" if len(each) > 1 else ""
-    return f"{statistics.mean(each):.1f}{spread}"
+    return percent(rows[key]["accuracy"] if key in rows else [])
 
 
 def accuracy_table(told: dict, labelled: LabelledSet) -> str:
@@ -190,13 +184,8 @@ def accuracy_table(told: dict, labelled: LabelledSet) -> str:
             cells = [accuracy(rows, key_of(protocol, name, share)) for name in (OURS, RANDOM, PIXELS)]
             if set(cells) != {"–"}:
                 lines.append([protocol, f"{share:.0%}", *cells])
-    run, total = rows["pre-training"], sum(row["seconds"] for row in rows.values())
-    cost = (
-        f"{run['run_seconds'] / 60:.0f} minutes of pre-training on {run['images']:,} images, "
-        f"{total / 60:.0f} minutes in all, on {told['machine']['cores']} cores"
-    )
     header = ["classifier", "labels", OURS, RANDOM, PIXELS]
-    return f"{table(header, lines)}\n\n{labelled.title}: {cost}."
+    return f"{table(header, lines)}\n\n{labelled.title}: {cost(told)}."
 
 
 def race_table(told: dict, labelled: LabelledSet) -> str:
@@ -222,20 +211,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Pre-train, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("set", choices=SETS)
-    parser.add_argument("--minutes", type=float, help="of pre-training (default: what the set says)")
     parser.add_argument(
         "--equal-time", action="store_true", help="beside transformers' ViTMAE, by the linear probe"
     )
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="of the DataLoader of --equal-time"
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs/representation"), help="where all is kept")
-    parser.add_argument("--quick", action="store_true", help="a tiny network, a few steps: does it run?")
-    parser.add_argument("--json", type=Path, help="write machine and rows")
-    parser.add_argument("--docs", type=Path, help="write the table into FOLDER/evaluation.md")
-    args = parser.parse_args(arguments)
-    if args.quick and args.docs:
-        parser.error("--docs with --quick, whose accuracies say nothing; expected one of them")
+    args = parse(parser, arguments, None, "runs/representation")
     os.chdir(ROOT)
     logging.getLogger("fastmim").setLevel(logging.ERROR)  # that MAX_ITERATIONS ended a fit is as meant
     labelled = SETS[args.set]
@@ -251,12 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         measure(results, weights, labelled, folder, args.quick)
         name, text = args.set, accuracy_table(results.told, labelled)
-    print(text)
-    if args.json:
-        args.json.write_text(json.dumps(results.told, indent=1))
-    if args.docs:
-        page = args.docs / "evaluation.md"
-        page.write_text(fill(page.read_text(), {name: text}, partly=True))
+    tell(args, results.told, name, text)
 
 
 if __name__ == "__main__":
