@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmim.errors import ConfigError
+from fastmim.models.matmul_attention import matmul_attention
 
 logger = logging.getLogger("fastmim")
 
@@ -41,8 +42,8 @@ def choose_attention(wanted: str, device_type: str, precision: str = "fp32") -> 
             chosen = "xformers"
             why = why if wanted == "xformers" else "memory-efficient, on CUDA"
     elif wanted == "auto" and precision == "bf16":
-        # PyTorch's fused CPU kernel computes bf16 gradients several times slower than the plain products do
-        # (benchmarks/attention.py), and the scores of the few visible tokens are small.
+        # PyTorch's fused CPU kernel computes bf16 gradients several times slower than plain products of a few images
+        # do (benchmarks/attention.py).
         chosen, why = "matmul", "faster than sdpa in bf16 on a CPU"
     elif wanted == "auto":
         chosen, why = "sdpa", f"xformers has no {device_type} operator"
@@ -54,11 +55,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over all tokens, by `backend`; q, k, v and the result are [B, N, heads, d]."""
     if backend == "xformers":
         return _xformers_attention(q, k, v)
+    if backend == "matmul":
+        return matmul_attention(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if backend == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
-    return (scores.softmax(-1) @ v).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 @torch.compiler.disable

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastmim.errors import ConfigError
+from fastmim.models import matmul_attention
 from fastmim.models.attention import Attention, attend, choose_attention
 
 
@@ -19,12 +20,16 @@ def exact_attention(q, k, v):
     return result
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "matmul"])
+@pytest.mark.parametrize("backend", ["sdpa", "matmul", "matmul of two images"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backends_compute_attention_and_its_gradient(backend, dtype):
+@pytest.mark.parametrize("read", [37, 20])
+def test_backends_compute_attention_and_its_gradient(monkeypatch, backend, dtype, read):
     torch.manual_seed(0)
-    inputs = [torch.randn(2, 37, 3, 16, dtype=torch.float64) for _ in range(3)]
-    weight = torch.randn(2, 37, 3, 16, dtype=torch.float64)
+    inputs = [torch.randn(5, tokens, 3, 16, dtype=torch.float64) for tokens in (37, read, read)]
+    weight = torch.randn(5, 37, 3, 16, dtype=torch.float64)
+    if backend not in ("sdpa", "matmul"):
+        monkeypatch.setattr(matmul_attention, "SCORES_BYTES", 2 * 3 * 37 * read * dtype.itemsize)
+        backend = "matmul"
     exact = [x.clone().requires_grad_() for x in inputs]
     got = [x.to(dtype).requires_grad_() for x in inputs]
     want = exact_attention(*exact)
@@ -36,6 +41,14 @@ def test_backends_compute_attention_and_its_gradient(backend, dtype):
     torch.testing.assert_close(have.double(), want, rtol=tolerance, atol=tolerance)
     for a, b in zip(got, exact, strict=True):
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_products_keep_no_scores():
+    inputs = [torch.randn(2, 37, 3, 16, requires_grad=True) for _ in range(3)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+        attend(*inputs, "matmul")
+    assert sum(saved) == sum(x.numel() for x in inputs)
 
 
 def test_module_has_timms_parameters_and_result():
