@@ -27,7 +27,6 @@ from benchmarks import report
 from benchmarks.gloo import SMALL, FixedBatch, Group, make_config
 from benchmarks.markdown import table
 from fastmim.memory import Memory, parameter_sizes, predict_memory
-from fastmim.models.attention import choose_attention
 from fastmim.profiling.memory import held_bytes
 
 TOLERANCE = {"states": 0.02, "activations": 0.15, "peak": 0.2}
@@ -100,10 +99,7 @@ def compare(name: str, args: argparse.Namespace) -> dict:
     measured = max(ranks, key=lambda rank: rank["peak"])
     config, precision = make_config(words), measured["precision"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    attention = choose_attention(config.train.attention, device, precision)
-    predicted = predict_memory(
-        config, precision, args.ranks, attention=attention, fused_loss=not eager, on_cpu=device == "cpu"
-    )
+    predicted = predict_memory(config, precision, args.ranks, fused_loss=not eager, on_cpu=device == "cpu")
     found = {
         "states": (predicted.states, measured["parameters"] + measured["optimiser"]),
         "activations": (predicted.activations + predicted.gathered, measured["forward"]),

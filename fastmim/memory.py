@@ -69,7 +69,6 @@ def predict_memory(
     precision: str,
     world_size: int,
     *,
-    attention: str = "sdpa",
     fused_loss: bool = True,
     on_cpu: bool = False,
     sizes: list[int] | None = None,
@@ -80,7 +79,6 @@ def predict_memory(
         config: of the run; its ZeRO stage, offload, micro-batch and checkpointing are read.
         precision: bf16, fp16 or fp32, as it was resolved.
         world_size: ranks that share the states.
-        attention: backend; "matmul" keeps the scores.
         fused_loss: the loss keeps one gradient, in place of eager PyTorch's chain.
         on_cpu: the ranks compute there: what is offloaded stays in the same memory, and buckets count as far as
             gradients fill them, since a CPU's memory is taken when it is written.
@@ -102,7 +100,7 @@ def predict_memory(
     offloads = not on_cpu and offloads_optimizer(config.deepspeed)
     # One rank without ZeRO moves 16-bit gradients into float32 ones as each is ready.
     moved = world_size == 1 and stage == 0 and precision == "bf16"
-    activations, recomputed = _activations(config, item, world_size, attention, fused_loss)
+    activations, recomputed = _activations(config, item, world_size, fused_loss)
     return Memory(
         parameters=(count // world_size + whole if stage == 3 else count) * item,
         gathered=min(count - whole, _LIVE_PARAMETERS) * item if stage == 3 else 0,
@@ -124,40 +122,37 @@ def _bucket(config: Config, count: int, world_size: int, stage: int, on_cpu: boo
     return min(size, count) if on_cpu else size
 
 
-def block_bytes(
-    images: int, tokens: int, width: int, heads: int, mlp_ratio: float, item: int, attention: str
-) -> int:
-    """What a pre-norm block keeps of a micro-batch: the inputs of its linears, norms, GELU and attention."""
+def block_bytes(images: int, tokens: int, width: int, mlp_ratio: float, item: int, whole: bool) -> int:
+    """What a pre-norm block keeps of a micro-batch: the inputs of its norms, GELU and attention.
+
+    Of a block that is computed again as a `whole`, also the inputs of its linears, results of norms and GELU.
+    """
     row = images * tokens * width * item
-    # Two residual sums and two normed copies; queries, keys, values and what attention makes of them; before and
-    # after GELU.
-    kept = row * (4 + 4 + 2 * mlp_ratio) + 2 * images * tokens * 2 * 4
-    if attention == "matmul":
-        kept += images * heads * tokens * tokens * item
+    # Two residual sums; queries, keys, values and what attention makes of them; before GELU.
+    kept = row * (2 + 4 + mlp_ratio) + 2 * images * tokens * 2 * 4
+    if whole:
+        kept += row * (2 + mlp_ratio)
     return int(kept)
 
 
-def _activations(
-    config: Config, item: int, world_size: int, attention: str, fused_loss: bool
-) -> tuple[int, int]:
+def _activations(config: Config, item: int, world_size: int, fused_loss: bool) -> tuple[int, int]:
     """Bytes kept by the forward pass, and by one block that is computed again."""
     model, objective, images = config.model, config.objective, config.micro_batch(world_size)
     patches = config.grid[0] * config.grid[1]
     kept = config.mask.len_keep(config.grid)
     removed, length = patches - kept, model.patch_size**2 * config.data.channels
     seen = 1 + (patches if objective.mask_token_in_encoder else kept)
-    encoder = images, seen, model.width, model.heads, model.mlp_ratio, item, attention
-    decoder = images, 1 + patches, objective.decoder_width, objective.decoder_heads, 4.0, item, attention
+    encoder = images, seen, model.width, model.mlp_ratio, item
+    decoder = images, 1 + patches, objective.decoder_width, 4.0, item
     blocks = [(encoder, model.depth), (decoder, objective.decoder_depth)]
     total = images * kept * length * item  # gathered patches, the input of their embedding
     recomputed = 0
     for shape, depth in blocks:
-        whole, row = block_bytes(*shape), shape[0] * shape[1] * shape[2] * item
         if config.train.activation_checkpointing:
-            total += depth * row
-            recomputed = max(recomputed, whole)
+            total += depth * shape[0] * shape[1] * shape[2] * item
+            recomputed = max(recomputed, block_bytes(*shape, whole=True))
         else:
-            total += depth * whole
+            total += depth * block_bytes(*shape, whole=False)
     # The last norms: the encoder's input and output, which the decoder's embedding reads; the decoder's, of the
     # removed patches only, with their indices.
     total += 2 * images * seen * model.width * item

@@ -1,12 +1,12 @@
 """An encoder as the backbone of dense prediction: feature maps of images of any size."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastmim.config import Config
 from fastmim.errors import ConfigError
@@ -14,6 +14,7 @@ from fastmim.kernels import gather_patches
 from fastmim.models import Encoder
 from fastmim.models.blocks import Block
 from fastmim.models.position import resize_positions
+from fastmim.models.recompute import recompute
 
 SCALES = 4
 
@@ -141,9 +142,8 @@ class DenseEncoder(nn.Module):
     def _run(self, number: int, block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
         assert isinstance(block, Block)
         window = self.window if number not in self._global else None
-        if self.encoder.blocks.checkpointing and torch.is_grad_enabled():
-            return checkpoint(_attend_and_add, block, x, grid, window, use_reentrant=False)
-        return _attend_and_add(block, x, grid, window)
+        attend = functools.partial(_attend_and_add, block, grid, window)
+        return recompute(attend, x) if self.encoder.blocks.checkpointing else attend(x)
 
     def _map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         x = self.encoder.norm(x) if self.normalised else x
@@ -159,15 +159,15 @@ def _checked(key: str, blocks: Sequence[int] | None, depth: int) -> list[int]:
     return chosen
 
 
-def _attend_and_add(block: Block, x: Tensor, grid: tuple[int, int], window: int | None) -> Tensor:
+def _attend_and_add(block: Block, grid: tuple[int, int], window: int | None, x: Tensor) -> Tensor:
     """The output of a block, [B, N, D], which attends within windows where there are any."""
     if window is None:
-        x, branch = block(x)
-        return x + branch
+        return block.closed(x)
     normed, x = block.norm1(x)
     branch = _join_windows(block.attn(_split_windows(normed, grid, window)), grid, window)
     normed, x = block.norm2(x, block.drop_path1(branch))
-    return x + block.drop_path2(block.mlp(normed))
+    with block.norm2.keep_sum(normed, x):
+        return x + block.drop_path2(block.mlp(normed))
 
 
 def _split_windows(x: Tensor, grid: tuple[int, int], window: int) -> Tensor:

@@ -1,15 +1,16 @@
 """Transformer blocks, from timm, with this engine's attention and kernels; and their initialisation."""
 
 import functools
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastmim.kernels import _dispatch, add_layer_norm, bias_gelu
 from fastmim.models.attention import Attention
+from fastmim.models.recompute import kept_instead, recompute
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 
@@ -34,15 +35,25 @@ class AddLayerNorm(nn.LayerNorm):
         x = x + branch
         return super().forward(x), x
 
+    def keep_sum(self, normed: Tensor, total: Tensor) -> AbstractContextManager:
+        """In this context linears keep the sum, not its LayerNorm: those of `forward`."""
+        return kept_instead(normed, self._normalise, total, self.weight, self.bias)
+
+    def _normalise(self, total: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(total, self.normalized_shape, weight, bias, self.eps)
+
 
 class LinearGELU(nn.Linear):
     """A linear, with Linear's parameters, and the exact GELU after it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """GELU(x W^T + b)."""
+    def forward(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
+        """GELU(x W^T + b), and a context in which linears keep what GELU was given, as GELU does, not its result."""
         if kernels_run(x):
-            return bias_gelu(F.linear(x, self.weight), self.bias)
-        return F.gelu(super().forward(x))
+            activate, inputs = bias_gelu, (F.linear(x, self.weight), self.bias)
+        else:
+            activate, inputs = F.gelu, (super().forward(x),)
+        active = activate(*inputs)
+        return active, kept_instead(active, activate, *inputs)
 
 
 class MLP(nn.Module):
@@ -64,7 +75,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, D] -> [B, N, D]."""
-        return self.fc2(self.fc1(x))
+        active, keep_input = self.fc1(x)
+        with keep_input:
+            return self.fc2(active)
 
 
 class Block(timm_vit.Block):
@@ -93,9 +106,16 @@ class Block(timm_vit.Block):
     def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x, branch [B, N, D], summands of the block's input -> two of its output, what the MLP added last."""
         normed, x = self.norm1(x, branch)
-        branch = self.drop_path1(self.attn(normed))
+        with self.norm1.keep_sum(normed, x):
+            branch = self.drop_path1(self.attn(normed))
         normed, x = self.norm2(x, branch)
-        return x, self.drop_path2(self.mlp(normed))
+        with self.norm2.keep_sum(normed, x):
+            return x, self.drop_path2(self.mlp(normed))
+
+    def closed(self, x: Tensor) -> Tensor:
+        """The block's input to its output, both [B, N, D]."""
+        x, branch = self(x)
+        return x + branch
 
 
 class Blocks(nn.Module):
@@ -138,11 +158,7 @@ class Blocks(nn.Module):
             outputs = []
             for layer in self.layers:
                 # Added up, since a block's input is what is stored: one tensor, not its two summands.
-                x = (
-                    checkpoint(_closed, layer, x, use_reentrant=False)
-                    if self.checkpointing
-                    else _closed(layer, x)
-                )
+                x = recompute(layer.closed, x) if self.checkpointing else layer.closed(x)
                 outputs.append(x)
             return outputs if every_layer else x
         branch = None
@@ -157,11 +173,6 @@ def compile_each(layers: nn.ModuleList) -> None:
     limits.recompile_limit = max(limits.recompile_limit, 4 * len(layers))
     for layer in layers:
         layer.compile()
-
-
-def _closed(layer: nn.Module, x: Tensor) -> Tensor:
-    x, branch = layer(x)
-    return x + branch
 
 
 @functools.cache

@@ -2,13 +2,13 @@
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastmim.config import Config
 from fastmim.kernels import gather_tokens
 from fastmim.models.blocks import MLP, AddLayerNorm, LayerNorm, compile_each, init_weights
 from fastmim.models.cross_attention import CrossAttention
 from fastmim.models.position import sincos_positions
+from fastmim.models.recompute import recompute
 
 
 class CrossDecoder(nn.Module):
@@ -58,10 +58,7 @@ class CrossDecoder(nn.Module):
         positions = self.pos_embed.to(self.mask_token.dtype).expand(len(ids), -1, -1)
         x = gather_tokens(positions, ids, offset=1) + self.mask_token
         for layer, context in zip(self.layers, self.mix(layers), strict=True):
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, context, use_reentrant=False)
-            else:
-                x = layer(x, context)
+            x = recompute(layer, x, context) if self.checkpointing else layer(x, context)
         return self.norm(x)
 
 
@@ -104,4 +101,5 @@ class CrossBlock(nn.Module):
         """x [B, M, width], context [B, T, context_width] -> [B, M, width]."""
         context = self.norm_context(context)
         normed, x = self.norm2(x, self.attn(self.norm1(x), context, context))
-        return x + self.mlp(normed)
+        with self.norm2.keep_sum(normed, x):
+            return x + self.mlp(normed)

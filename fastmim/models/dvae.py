@@ -3,13 +3,12 @@
 import math
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastmim.config import Config
 from fastmim.flops import linear_flops
+from fastmim.models.recompute import recompute
 
 GROUPS = 4
 """Groups of blocks, in DALL-E and in what is trained here: three changes of resolution, by 8 in all."""
@@ -53,9 +52,9 @@ class DVAEEncoder(nn.Module):
     @classmethod
     def of(cls, config: Config) -> "DVAEEncoder":
         """That of a run of objective dvae."""
-        objective, recompute = config.objective, config.train.activation_checkpointing
+        objective, checkpointing = config.objective, config.train.activation_checkpointing
         sizes = objective.hidden, objective.blocks_per_group, objective.tokens
-        return cls(config.data.channels, *sizes, checkpointing=recompute)
+        return cls(config.data.channels, *sizes, checkpointing=checkpointing)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W], sides multiples of `stride` -> logits [B, tokens, H / stride, W / stride]."""
@@ -103,9 +102,9 @@ class DVAEDecoder(nn.Module):
     @classmethod
     def of(cls, config: Config) -> "DVAEDecoder":
         """That of a run of objective dvae."""
-        objective, recompute = config.objective, config.train.activation_checkpointing
+        objective, checkpointing = config.objective, config.train.activation_checkpointing
         sizes = objective.hidden, objective.blocks_per_group, objective.tokens, objective.code_width
-        return cls(config.data.channels, *sizes, checkpointing=recompute)
+        return cls(config.data.channels, *sizes, checkpointing=checkpointing)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, tokens, h, w], summing to 1 over the tokens -> images [B, C, 8 h, 8 w]."""
@@ -172,8 +171,7 @@ def _groups(widths: list[int], blocks: int, kernels: tuple[int, ...]) -> nn.Modu
 
 def _run(group: nn.ModuleList, x: Tensor, checkpointing: bool) -> Tensor:
     for block in group:
-        recompute = checkpointing and torch.is_grad_enabled()
-        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        x = recompute(block, x) if checkpointing else block(x)
     return x
 
 

@@ -3,7 +3,6 @@
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastmim.config import Config
 from fastmim.flops import cross_block_flops
@@ -12,6 +11,7 @@ from fastmim.masking import Mask
 from fastmim.models.blocks import MLP, AddLayerNorm, LayerNorm, compile_each, init_weights
 from fastmim.models.cross_attention import CrossAttention
 from fastmim.models.position import sincos_positions
+from fastmim.models.recompute import recompute
 
 
 class Regressor(nn.Module):
@@ -62,10 +62,8 @@ class Regressor(nn.Module):
         positions = gather_tokens(positions, ids, offset=1)
         x = self.mask_token.expand(*mask.ids_mask.shape, -1)
         for layer in self.layers:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, visible, positions, use_reentrant=False)
-            else:
-                x = layer(x, visible, positions)
+            inputs = x, visible, positions
+            x = recompute(layer, *inputs) if self.checkpointing else layer(*inputs)
         return self.norm(x)
 
     def flops(self, kept: int, removed: int) -> int:
@@ -103,4 +101,5 @@ class RegressorBlock(nn.Module):
         keys, placed = self.norm_k(context, positions)
         queries = self.norm_q(placed[:, visible.shape[1] :])
         normed, x = self.norm2(x, self.drop_path(self.attn(queries, keys, self.norm_v(context))))
-        return x + self.drop_path(self.mlp(normed))
+        with self.norm2.keep_sum(normed, x):
+            return x + self.drop_path(self.mlp(normed))

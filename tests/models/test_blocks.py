@@ -82,11 +82,12 @@ def test_with_kernels_they_are_timms_within_float32(launched, checkpointing):
     exact = results(theirs, x, grad, torch.float64)
     for got, expected, truth in zip(actual, native, exact, strict=True):
         assert_error_budget(got, expected, truth)
-    # Closed for the checkpoint, each block adds its first summand by itself, and its forward pass runs twice.
+    # Closed for the checkpoint, each block adds its first summand by itself, and its forward pass runs twice. Without
+    # one GELU alone does.
     norms, times = (3, 2) if checkpointing else (5, 1)
     assert launched.count("_add_layer_norm_forward_kernel") == norms * times
     assert launched.count("_add_layer_norm_backward_kernel") == norms
-    assert launched.count("_bias_gelu_forward_kernel") == 3 * times
+    assert launched.count("_bias_gelu_forward_kernel") == 3 * 2
     assert launched.count("_bias_gelu_backward_kernel") == 3
 
 
