@@ -87,7 +87,7 @@ def _table(images: LabelledImages, features: Tensor) -> tuple[np.ndarray, Tensor
 
 def features(encoder: Encoder, config: Config, pool: str) -> Callable[[LabelledImages], Tensor]:
     """What computes the features of whole images, float32 [n, D]."""
-    return FeatureExtractor(encoder, config, KnnConfig(pool=pool, center=1.0)).centre
+    return FeatureExtractor(encoder, config, KnnConfig(pool=pool, center=1.0, precision="auto")).centre
 
 
 def pixels(config: Config) -> Callable[[LabelledImages], Tensor]:

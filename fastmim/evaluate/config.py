@@ -50,11 +50,20 @@ class ProtocolConfig(EvaluationConfig):
     """Side of the centre crop over that of the largest one that fits; 224/256 is the custom on ImageNet."""
     images_at_once: int = Field(64, gt=0)
     """Images in a forward pass of the encoder."""
+    precision: Literal["auto", "bf16", "fp32"] = "fp32"
+    """Of a frozen encoder, whose features are float32 in any case; auto is bf16 where the hardware computes it."""
 
     @property
     def unused(self) -> set[str]:
         """Where labels lie, and how many images are computed at once."""
         return super().unused | {"labels", "test_labels", "images_at_once"}
+
+    def resolved(self, trained: Config) -> Self:
+        """With the number format of this machine."""
+        from fastmim.precision import choose_precision  # loads torch
+        from fastmim.ranks import Ranks
+
+        return self.model_copy(update={"precision": choose_precision(self.precision, Ranks().device)})
 
 
 class KnnConfig(ProtocolConfig):
@@ -172,13 +181,13 @@ class AttentiveConfig(ViewsConfig):
         return "lr"
 
     def resolved(self, trained: Config) -> Self:
-        """With the encoder's number of heads; `ConfigError` where they do not divide its width."""
+        """Also with the encoder's number of heads; `ConfigError` where they do not divide its width."""
         heads = self.heads or trained.model.heads
         if trained.model.width % heads:
             raise ConfigError(
                 f"heads={heads}; expected a divisor of the encoder's width {trained.model.width}"
             )
-        return self.model_copy(update={"heads": heads})
+        return super().resolved(trained).model_copy(update={"heads": heads})
 
 
 class FewShotConfig(ProtocolConfig):

@@ -102,9 +102,6 @@ class FinetuneConfig(ProtocolConfig):
 
     def resolved(self, trained: Config) -> Self:
         """With the paper's values for the encoder's depth, its image size, and the number format of this machine."""
-        from fastmim.precision import choose_precision  # loads torch
-        from fastmim.ranks import Ranks
-
         depth, patch = trained.model.depth, trained.model.patch_size
         height, width = size = self.image_size or trained.data.image_size
         if height % patch or width % patch:
@@ -122,7 +119,7 @@ class FinetuneConfig(ProtocolConfig):
         own = next(values for least, values in _BY_DEPTH.items() if depth >= least)
         values = self.model_dump(include=self.model_fields_set) | {"image_size": size}
         values |= {key: value for key, value in own._asdict().items() if getattr(self, key) is None}
-        values["precision"] = choose_precision(self.precision, Ranks().device)
+        values["precision"] = super().resolved(trained).precision
         return recipes.build_as(type(self), values)
 
     @model_validator(mode="after")

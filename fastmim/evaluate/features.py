@@ -1,5 +1,6 @@
 """Features of images by a frozen encoder."""
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +17,7 @@ from fastmim.evaluate.labels import LabelledImages
 from fastmim.evaluate.shards import gather_batches, own_batches
 from fastmim.masking import Mask, mask_from_order
 from fastmim.models import Encoder
+from fastmim.precision import choose_precision
 from fastmim.ranks import Ranks
 
 
@@ -23,9 +25,9 @@ class FeatureExtractor:
     """Runs a frozen encoder over whole images, one feature each; all ranks share the work, and each has all features.
 
     Args:
-        encoder: in evaluation mode.
+        encoder: in evaluation mode; it stays as it is.
         config: that the encoder was trained with; what its images are.
-        protocol: pool, center, images_at_once and seed are read.
+        protocol: pool, center, images_at_once, precision and seed are read.
         ranks: this process among all; alone unless given.
 
     Attributes:
@@ -36,8 +38,9 @@ class FeatureExtractor:
     def __init__(
         self, encoder: Encoder, config: Config, protocol: ProtocolConfig, ranks: Ranks | None = None
     ):
-        self.encoder, self.protocol, self._data = encoder, protocol, config.data
-        self._ranks = ranks or Ranks()
+        self.protocol, self._data, self._ranks = protocol, config.data, ranks or Ranks()
+        bf16 = choose_precision(protocol.precision, encoder.cls_token.device) == "bf16"
+        self._encoder = _in_bf16(encoder) if bf16 else encoder
         self.device, self._grid = encoder.cls_token.device, config.grid
         self.width = config.model.width * (4 if protocol.pool == "quadrants" else 1)
 
@@ -81,8 +84,15 @@ class FeatureExtractor:
         quiet = None if self._ranks.first else True
         patches = self._grid[0] * self._grid[1]
         for batch in tqdm(batches, total=-(-len(plan) // size), desc="features", leave=False, disable=quiet):
-            tokens = self.encoder(batch, everything(len(batch), patches, self.device)).float()
+            tokens = self._encoder(batch, everything(len(batch), patches, self.device)).float()
             yield pooled(tokens, self.protocol.pool, self._grid)
+
+
+def _in_bf16(encoder: Encoder) -> Encoder:
+    copied = copy.deepcopy(encoder)
+    for parameter in copied.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return copied
 
 
 def pooled(tokens: Tensor, pool: str, grid: tuple[int, int]) -> Tensor:

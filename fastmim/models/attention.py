@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -96,9 +97,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Attend among all tokens of a sample. x [B, N, D] -> [B, N, D]; the mask arguments are timm's."""
-        assert attn_mask is None and not is_causal, "masked-image encoders attend among all tokens they hold"
+    def forward(self, x: Tensor, keeping: AbstractContextManager | None = None) -> Tensor:
+        """Attend among all tokens of a sample. x [B, N, D] -> [B, N, D]; `keeping` is around what reads x."""
         batch, tokens, dim = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        with keeping or nullcontext():
+            qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         return self.proj(attend(*qkv.unbind(2), self.backend).reshape(batch, tokens, dim))

@@ -106,8 +106,7 @@ class Block(timm_vit.Block):
     def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x, branch [B, N, D], summands of the block's input -> two of its output, what the MLP added last."""
         normed, x = self.norm1(x, branch)
-        with self.norm1.keep_sum(normed, x):
-            branch = self.drop_path1(self.attn(normed))
+        branch = self.drop_path1(self.attn(normed, self.norm1.keep_sum(normed, x)))
         normed, x = self.norm2(x, branch)
         with self.norm2.keep_sum(normed, x):
             return x, self.drop_path2(self.mlp(normed))

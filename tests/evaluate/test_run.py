@@ -80,7 +80,7 @@ def test_a_sweep_is_decided_by_validation_images(command, tmp_path):
     (row,) = result(tmp_path, "one")["sweep"]
     assert "validation_top1" not in row and row["chosen"]
     told = result(tmp_path, "one")["settings"]
-    assert told.keys() == {"pool", "center", "seed", "solver", "l2", "max_iterations"}
+    assert told.keys() == {"pool", "center", "seed", "precision", "solver", "l2", "max_iterations"}
 
 
 def test_few_shot_tells_mean_and_spread_over_draws_of_the_seed(command, train_folder, tmp_path):
@@ -118,6 +118,18 @@ def test_features_are_those_of_whole_centre_crops_after_the_last_norm(weights, t
         told = extractor.centre(labelled)
         assert told.shape == (len(images), extractor.width)
         torch.testing.assert_close(told, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_rounds_features_and_leaves_the_encoder(weights, train_folder):
+    encoder, config = load_encoder(str(weights))
+    labelled = read_labelled(str(train_folder), config.data, None, "--data")
+    exact, rounded = (
+        FeatureExtractor(encoder, config, KnnConfig(precision=precision)).centre(labelled)
+        for precision in ("fp32", "bf16")
+    )
+    assert rounded.dtype == torch.float32 and encoder.cls_token.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
 
 
 def test_quarters_of_an_odd_grid_share_its_middle():
