@@ -1,4 +1,4 @@
-"""Attention as two matrix products and a softmax, a few images at a time, for devices without a fused operator."""
+"""Attention as two matrix products and a softmax, a few images at a time: for bf16 on a CPU."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 SCORES_BYTES = 3 * 2**20
-"""Scores at a time on a CPU: what its cache holds from one product to the next (benchmarks/attention.py)."""
+"""Scores at a time on a CPU, whose cache is to hold them from one product to the next."""
 
 
 def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -14,7 +14,12 @@ _inside = threading.local()
 
 
 def recompute(function: Callable, *inputs: Tensor):
-    """Call a block, which keeps its inputs alone for the backward pass and is computed once more there."""
+    """Call a block, which keeps its inputs alone for the backward pass and is computed once more there.
+
+    Args:
+        function: of tensors; its result is returned.
+        inputs: of `function`.
+    """
     if not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(functools.partial(_call, function), *inputs, use_reentrant=False)
@@ -39,7 +44,7 @@ def kept_instead(
     Args:
         tensor: what is not kept, `again(*inputs)`; it has to live as long as the context does.
         again: called without gradients, once for each operation that needs the tensor.
-        inputs: of `again`.
+        inputs: of `again`; not to be changed in place before the backward pass, which would not notice.
     """
     if torch.compiler.is_compiling() or not tensor.requires_grad or getattr(_inside, "recompute", False):
         return contextlib.nullcontext()

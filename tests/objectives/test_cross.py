@@ -123,6 +123,7 @@ def test_recomputed_layers_give_the_same_gradients(tiny_config):
         stored.append(kept)
         gradients.append({n: p.grad for n, p in objective.named_parameters() if p.grad is not None})
     torch.testing.assert_close(*gradients)
+    # Of all bytes: the mix of layers keeps what every layer made in any case.
     assert stored[1] < 0.6 * stored[0]
 
 
