@@ -126,7 +126,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto is bf16 where the hardware computes it, else fp32."""
     attention: Literal["auto", "xformers", "sdpa", "matmul"] = "auto"
-    """auto is xformers' memory-efficient attention on CUDA, PyTorch's elsewhere, plain products for bf16 on a CPU."""
+    """auto is PyTorch's fused attention, or plain products for bf16 on a CPU; xformers is memory-efficient too."""
     compile: bool = False
     """`torch.compile` each transformer block; ZeRO stages 0-2."""
     activation_checkpointing: bool = False

@@ -19,8 +19,7 @@ def choose_attention(wanted: str, device_type: str, precision: str = "fp32") -> 
     """Resolve `train.attention`; the choice is logged once.
 
     Args:
-        wanted: auto, xformers, sdpa or matmul. auto is xformers on CUDA where it imports, matmul on a CPU in
-            bf16, and sdpa elsewhere.
+        wanted: auto, xformers, sdpa or matmul. auto is matmul on a CPU in bf16, and sdpa elsewhere.
         device_type: cuda or cpu.
         precision: bf16, fp16 or fp32.
 
@@ -32,24 +31,36 @@ def choose_attention(wanted: str, device_type: str, precision: str = "fp32") -> 
         raise ConfigError(
             f"train.attention='xformers' on {device_type}: it runs on CUDA only; expected auto, sdpa or matmul"
         )
-    if device_type == "cuda" and wanted in ("auto", "xformers"):
-        try:
-            import xformers.ops  # noqa: F401 (heavy, and needed on CUDA only)
-        except ImportError as error:
-            if wanted == "xformers":
-                raise ConfigError(f"train.attention='xformers': it does not import ({error})") from None
-            chosen, why = "sdpa", f"xformers does not import ({error})"
-        else:
-            chosen = "xformers"
-            why = why if wanted == "xformers" else "memory-efficient, on CUDA"
-    elif wanted == "auto" and precision == "bf16":
+    if wanted == "xformers" and (refusal := xformers_refusal(precision)):
+        raise ConfigError(f"train.attention='xformers': {refusal}; expected auto or sdpa")
+    if wanted == "auto" and device_type == "cpu" and precision == "bf16":
         # PyTorch's fused CPU kernel computes bf16 gradients several times slower than plain products of a few images
         # do (benchmarks/attention.py).
         chosen, why = "matmul", "faster than sdpa in bf16 on a CPU"
     elif wanted == "auto":
-        chosen, why = "sdpa", f"xformers has no {device_type} operator"
+        # On an H100 a step with PyTorch's own was a sixth shorter than one with xformers (benchmarks/README.md).
+        chosen, why = "sdpa", "PyTorch's own"
     logger.info("attention: %s (%s)", chosen, why)
     return chosen
+
+
+def xformers_refusal(precision: str) -> str | None:
+    """Why xformers cannot train on the current CUDA device, or None if it can: it is tried on a few tokens.
+
+    A wheel imports, but has no operator, where it was built for another CUDA than the one PyTorch brings.
+    """
+    try:
+        from xformers.ops import memory_efficient_attention  # heavy, and needed on CUDA only
+    except ImportError as error:
+        return f"xformers does not import ({error})"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    with torch.enable_grad():
+        tokens = torch.zeros(1, 8, 1, 64, dtype=dtype, device="cuda", requires_grad=True)
+        try:
+            memory_efficient_attention(tokens, tokens, tokens).sum().backward()
+        except NotImplementedError:
+            return f"xformers has no {precision} operator here, `python -m xformers.info` tells why"
+    return None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
@@ -100,6 +111,6 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, keeping: AbstractContextManager | None = None) -> Tensor:
         """Attend among all tokens of a sample. x [B, N, D] -> [B, N, D]; `keeping` is around what reads x."""
         batch, tokens, dim = x.shape
-        with keeping or nullcontext():
+        with nullcontext() if keeping is None else keeping:
             qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         return self.proj(attend(*qkv.unbind(2), self.backend).reshape(batch, tokens, dim))

@@ -1,13 +1,15 @@
 """Every attention backend against a float64 transcription, and the choice among them."""
 
 import logging
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastmim.errors import ConfigError
 from fastmim.models import matmul_attention
-from fastmim.models.attention import Attention, attend, choose_attention
+from fastmim.models.attention import Attention, attend, choose_attention, xformers_refusal
 
 
 def exact_attention(q, k, v):
@@ -70,20 +72,47 @@ def choose():
     choose_attention.cache_clear()
 
 
-def test_auto_chooses_what_runs_and_says_so_once(choose, caplog):
+@pytest.fixture
+def xformers(monkeypatch):
+    """Replace xformers' operator, which computes on CUDA only; the trial's tensors are made on the CPU."""
+
+    def install(operator):
+        monkeypatch.setitem(sys.modules, "xformers.ops", SimpleNamespace(memory_efficient_attention=operator))
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device, **options: zeros(*sizes, **options))
+    return install
+
+
+def test_auto_chooses_what_is_fastest_and_says_so_once(choose, caplog):
     caplog.set_level(logging.INFO, logger="fastmim")
     logging.getLogger("fastmim").propagate = True
     assert choose("auto", "cpu", "fp32") == "sdpa"
     assert choose("auto", "cpu", "bf16") == "matmul"
-    assert choose("auto", "cuda", "bf16") == "xformers"
+    assert choose("auto", "cuda", "bf16") == "sdpa"
     assert choose("sdpa", "cuda", "bf16") == "sdpa"
     assert choose("auto", "cpu", "fp32") == "sdpa"
-    assert [record.message for record in caplog.records if record.name == "fastmim"] == [
-        "attention: sdpa (xformers has no cpu operator)",
+    assert caplog.messages == [
+        "attention: sdpa (PyTorch's own)",
         "attention: matmul (faster than sdpa in bf16 on a CPU)",
-        "attention: xformers (memory-efficient, on CUDA)",
+        "attention: sdpa (PyTorch's own)",
         "attention: sdpa (asked for)",
     ]
+
+
+def test_xformers_is_tried_before_training(choose, xformers):
+    xformers(lambda q, k, v: q + k + v)
+    assert choose("xformers", "cuda", "bf16") == "xformers"
+
+
+def test_xformers_without_an_operator_is_refused(choose, xformers):
+    def refuse(q, k, v):
+        raise NotImplementedError("No operator found for `memory_efficient_attention_forward`")
+
+    xformers(refuse)
+    why = "xformers has no bf16 operator here, `python -m xformers.info` tells why; expected auto or sdpa"
+    with pytest.raises(ConfigError, match=f"train.attention='xformers': {why}"):
+        choose("xformers", "cuda", "bf16")
 
 
 def test_xformers_is_refused_where_it_cannot_run(choose):
@@ -93,5 +122,7 @@ def test_xformers_is_refused_where_it_cannot_run(choose):
 
 @pytest.mark.gpu
 def test_xformers_agrees_with_sdpa():
+    if refusal := xformers_refusal("bf16"):
+        pytest.skip(refusal)
     q, k, v = (torch.randn(2, 50, 4, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
     torch.testing.assert_close(attend(q, k, v, "xformers"), attend(q, k, v, "sdpa"), rtol=2e-2, atol=2e-2)
