@@ -89,6 +89,9 @@ def build_engine(
     # DeepSpeed's own 16-bit optimiser without ZeRO counts a step more than it made, and its plain path lets bad
     # gradients through.
     if stage == 0:
+        objective.to(
+            Ranks().device
+        )  # where the optimiser's copies belong; ZeRO makes its own, after DeepSpeed moves it
         completed["gradient_clipping"] = 0.0  # the optimiser clips
         completed.pop("zero_optimization", None)
         completed.pop("bf16", None)
