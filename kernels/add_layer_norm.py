@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _dispatch
 from ._dispatch import kernel
+from ._operation import operation
 
 MAX_COLUMNS = 4096
 """Columns of a row that one program holds in registers, without a spill at any width."""
@@ -26,7 +27,8 @@ def add_layer_norm_reference(
 def centre_rows(values, valid, columns, eps):
     """Rows less their mean, 0 outside `valid`, and one over their standard deviation."""
     # Two passes over registers: a variance from a sum of squares would cancel where the mean is large.
-    average = tl.sum(values, axis=1) / columns
+    # And a correctly rounded division, for a row of equal values to be exactly its mean.
+    average = tl.div_rn(tl.sum(values, axis=1), columns * 1.0)
     values = tl.where(valid, values - average[:, None], 0.0)
     return values, 1.0 / tl.sqrt(tl.sum(values * values, axis=1) / columns + eps)
 
@@ -203,7 +205,7 @@ def _backward_torch(
     return grad.to(total.dtype), sums.to(weight.dtype)
 
 
-@torch.library.custom_op("fastmim::add_layer_norm", mutates_args=())
+@operation("add_layer_norm")
 def _add_layer_norm(
     x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -217,7 +219,7 @@ def _(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tu
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op("fastmim::add_layer_norm_backward", mutates_args=())
+@operation("add_layer_norm_backward")
 def _add_layer_norm_backward(
     grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _dispatch
 from ._dispatch import kernel
+from ._operation import operation
 from .add_layer_norm import centre_rows
 
 PLAIN, LAYER_NORM, COSINE = 0, 1, 2
@@ -240,7 +241,7 @@ def _backward_torch(grad: Tensor, x: Tensor, target: Tensor, eps: float, compare
     return values.mul_(grad.to(compute) * _gradient_scale(x, compare)).to(x.dtype).contiguous()
 
 
-@torch.library.custom_op("fastmim::align", mutates_args=())
+@operation("align")
 def _align(x: Tensor, target: Tensor, eps: float, compare: int) -> tuple[Tensor, Tensor]:
     forward = _forward_triton if _dispatch.use_triton(x) else _forward_torch
     per_row = forward(x, target, eps, compare)
@@ -253,7 +254,7 @@ def _(x: Tensor, target: Tensor, eps: float, compare: int) -> tuple[Tensor, Tens
     return per_row.new_empty(()), per_row
 
 
-@torch.library.custom_op("fastmim::align_backward", mutates_args=())
+@operation("align_backward")
 def _align_backward(grad: Tensor, x: Tensor, target: Tensor, eps: float, compare: int) -> Tensor:
     backward = _backward_triton if _dispatch.use_triton(x) else _backward_torch
     return backward(grad, x, target, eps, compare)

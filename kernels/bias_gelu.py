@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _dispatch
 from ._dispatch import kernel
+from ._operation import operation
 
 
 def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ def _backward_torch(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tens
     return grad_x.to(x.dtype), grad_x.flatten(0, -2).sum(0)
 
 
-@torch.library.custom_op("fastmim::bias_gelu", mutates_args=())
+@operation("bias_gelu")
 def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     forward = _forward_triton if _dispatch.use_triton(x) else _forward_torch
     return forward(x, bias)
@@ -146,7 +147,7 @@ def _(x: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("fastmim::bias_gelu_backward", mutates_args=())
+@operation("bias_gelu_backward")
 def _bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     backward = _backward_triton if _dispatch.use_triton(x) else _backward_torch
     return backward(grad, x, bias)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _dispatch
 from ._dispatch import kernel
+from ._operation import operation
 from .gather_tokens import scatter_tokens, token_order
 from .tiles import GROUP_SAMPLES, WARPS, sample_tile, tile_grid
 
@@ -199,7 +200,7 @@ def _result_dtype(x: Tensor, cls_token: Tensor, pos_embed: Tensor) -> torch.dtyp
     return torch.promote_types(torch.promote_types(x.dtype, cls_token.dtype), pos_embed.dtype)
 
 
-@torch.library.custom_op("fastmim::embed_tokens", mutates_args=())
+@operation("embed_tokens")
 def _embed_tokens(x: Tensor, cls_token: Tensor, pos_embed: Tensor, ids_restore: Tensor) -> Tensor:
     _dispatch.check_range("ids_restore", ids_restore, 0, ids_restore.shape[1])
     forward = _forward_triton if _dispatch.use_triton(x) else _forward_torch
@@ -212,7 +213,7 @@ def _(x: Tensor, cls_token: Tensor, pos_embed: Tensor, ids_restore: Tensor) -> T
     return x.new_empty(shape, dtype=_result_dtype(x, cls_token, pos_embed))
 
 
-@torch.library.custom_op("fastmim::embed_tokens_position_gradient", mutates_args=())
+@operation("embed_tokens_position_gradient")
 def _position_gradient(grad: Tensor, ids_restore: Tensor, dtype: torch.dtype) -> Tensor:
     gradient = _position_gradient_triton if _dispatch.use_triton(grad) else _position_gradient_torch
     return gradient(grad, ids_restore, dtype)

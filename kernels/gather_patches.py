@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _dispatch
 from ._dispatch import kernel
+from ._operation import operation
 
 IMAGE_DTYPES = (torch.uint8, *_dispatch.KERNEL_DTYPES)
 
@@ -219,7 +220,7 @@ def _forward_torch(
     return load_normalised_patches_torch(images, ids, patch_size, mean, std, compute).to(dtype)
 
 
-@torch.library.custom_op("fastmim::gather_patches", mutates_args=())
+@operation("gather_patches")
 def _gather_patches(
     images: Tensor, ids: Tensor, patch_size: int, mean: Tensor, std: Tensor, dtype: torch.dtype
 ) -> Tensor:

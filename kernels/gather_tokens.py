@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _dispatch
 from ._dispatch import kernel
+from ._operation import operation
 
 
 def gather_tokens_reference(x: Tensor, ids: Tensor, offset: int = 0) -> Tensor:
@@ -186,7 +187,7 @@ def _scatter_torch(x: Tensor, ids: Tensor, tokens: int, offset: int) -> Tensor:
     return out.view(batch, tokens, columns)
 
 
-@torch.library.custom_op("fastmim::gather_tokens", mutates_args=())
+@operation("gather_tokens")
 def _gather_tokens(x: Tensor, ids: Tensor, offset: int) -> Tensor:
     _dispatch.check_range("ids", ids, -offset, x.shape[1] - offset)
     return (_gather_triton if _dispatch.use_triton(x) else _gather_torch)(x, ids, offset)
@@ -197,7 +198,7 @@ def _(x: Tensor, ids: Tensor, offset: int) -> Tensor:
     return x.new_empty(*ids.shape, x.shape[2])
 
 
-@torch.library.custom_op("fastmim::scatter_tokens", mutates_args=())
+@operation("scatter_tokens")
 def _scatter_tokens(x: Tensor, ids: Tensor, tokens: int, offset: int) -> Tensor:
     _dispatch.check_range("ids", ids, -offset, tokens - offset)
     return (_scatter_triton if _dispatch.use_triton(x) else _scatter_torch)(x, ids, tokens, offset)

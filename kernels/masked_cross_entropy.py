@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import _dispatch
 from ._dispatch import kernel
+from ._operation import operation
 from .scale_gradient import scale_gradient
 
 CHUNK_ELEMENTS = 2**24
@@ -187,7 +188,7 @@ def _forward(
     return per_row.mean(), per_row, grad_x, grad_weight, grad_bias
 
 
-@torch.library.custom_op("fastmim::linear_cross_entropy", mutates_args=())
+@operation("linear_cross_entropy")
 def _linear_cross_entropy(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logit_scale: float, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

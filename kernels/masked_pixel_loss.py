@@ -6,6 +6,7 @@ from torch import Tensor
 
 from . import _dispatch
 from ._dispatch import kernel
+from ._operation import operation
 from .gather_patches import (
     check_images,
     gather_patches_reference,
@@ -101,7 +102,7 @@ def _masked_pixel_loss_forward_kernel(
     )
     inside = (element < LENGTH)[None, :]
     if NORMALISE:
-        average = tl.sum(tl.where(inside, target, 0.0), axis=1) / LENGTH
+        average = tl.div_rn(tl.sum(tl.where(inside, target, 0.0), axis=1), LENGTH * 1.0)
         target = tl.where(inside, target - average[:, None], 0.0)
         variance = tl.sum(target * target, axis=1) / (LENGTH - 1)
         target = target / tl.sqrt(variance + epsilon)[:, None]
@@ -200,7 +201,7 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1).square_()
 
 
-@torch.library.custom_op("fastmim::masked_pixel_loss", mutates_args=())
+@operation("masked_pixel_loss")
 def _masked_pixel_loss(
     pred: Tensor,
     images: Tensor,

@@ -22,6 +22,7 @@ from ._masks import (
     sample_words,
     store_masks,
 )
+from ._operation import operation
 from .philox import STREAM_BLOCK, STREAM_BLOCK_FILL
 
 ATTEMPTS = 10
@@ -198,7 +199,7 @@ def _sample_block_mask_kernel(
     store_masks(kept, patch, sample, PATCHES, keep, ids_keep, ids_mask, ids_restore, mask)
 
 
-@torch.library.custom_op("fastmim::sample_block_mask", mutates_args=())
+@operation("sample_block_mask")
 def _sample_block_mask(
     seed: int,
     epochs: Tensor,

@@ -17,6 +17,7 @@ from ._masks import (
     sample_words,
     store_masks,
 )
+from ._operation import operation
 from .philox import STREAM_GRID
 
 
@@ -63,7 +64,7 @@ def _sample_grid_mask_kernel(
     store_masks(kept, patch, sample, PATCHES, keep, ids_keep, ids_mask, ids_restore, mask)
 
 
-@torch.library.custom_op("fastmim::sample_grid_mask", mutates_args=())
+@operation("sample_grid_mask")
 def _sample_grid_mask(
     seed: int, epochs: Tensor, positions: Tensor, rows: int, columns: int, random_phase: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from ._masks import (
     sample_words,
     store_masks,
 )
+from ._operation import operation
 from .philox import STREAM_MASK
 
 
@@ -71,7 +72,7 @@ def _sample_random_mask_kernel(
     store_masks(kept, patch, sample, PATCHES, keep, ids_keep, ids_mask, ids_restore, mask)
 
 
-@torch.library.custom_op("fastmim::sample_random_mask", mutates_args=())
+@operation("sample_random_mask")
 def _sample_random_mask(
     seed: int, epochs: Tensor, positions: Tensor, patches: int, keep: int, unit: int, columns: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _dispatch
 from ._dispatch import kernel
+from ._operation import operation
 
 
 @kernel
@@ -27,7 +28,7 @@ def _scale_triton(grad: Tensor, values: Tensor, scale: float, dtype: torch.dtype
     return out
 
 
-@torch.library.custom_op("fastmim::scale_gradient", mutates_args=())
+@operation("scale_gradient")
 def scale_gradient(grad: Tensor, values: Tensor, count: int, factor: float, dtype: torch.dtype) -> Tensor:
     """grad * factor / count * values, in `dtype`.
 

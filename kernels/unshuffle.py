@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _dispatch
 from ._dispatch import kernel
+from ._operation import operation
 from .gather_tokens import row_index, token_order
 from .tiles import GROUP_SAMPLES, PROGRAM_ROWS, TILE_ELEMENTS, WARPS, sample_tile, tile_grid
 
@@ -242,7 +243,7 @@ def _backward_torch(
     return grad_latent.view(batch, kept + 1, columns).to(dtype), removed.sum(0, dtype=accumulator), grad_pos
 
 
-@torch.library.custom_op("fastmim::unshuffle", mutates_args=())
+@operation("unshuffle")
 def _unshuffle(latent: Tensor, mask_token: Tensor, pos_embed: Tensor, ids_restore: Tensor) -> Tensor:
     _dispatch.check_range("ids_restore", ids_restore, 0, ids_restore.shape[1])
     forward = _forward_triton if _dispatch.use_triton(latent) else _forward_torch
@@ -260,7 +261,7 @@ def _(latent: Tensor, mask_token: Tensor, pos_embed: Tensor, ids_restore: Tensor
     return latent.new_empty(shape, dtype=_result_dtype(latent, mask_token, pos_embed))
 
 
-@torch.library.custom_op("fastmim::unshuffle_backward", mutates_args=())
+@operation("unshuffle_backward")
 def _unshuffle_backward(
     grad: Tensor, ids_restore: Tensor, kept: int, dtype: torch.dtype, pos_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
