@@ -24,11 +24,14 @@ def unwritten_shows(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
 
 
-@pytest.fixture(params=["reference", "interpret"])
+@pytest.fixture(params=["reference", "interpret", pytest.param("cuda", marks=pytest.mark.gpu)])
 def backend(request, monkeypatch):
-    """Both ways to run on the CPU: plain PyTorch, and the Triton kernels in Triton's interpreter."""
-    monkeypatch.setattr(_dispatch, "MODE", request.param)
-    return request.param
+    """Plain PyTorch and interpreted kernels, on the CPU; compiled kernels on a GPU, where a test's tensors then are."""
+    monkeypatch.setattr(_dispatch, "MODE", "auto" if request.param == "cuda" else request.param)
+    if request.param == "cuda":
+        torch.set_default_device("cuda")
+    yield request.param
+    torch.set_default_device(None)
 
 
 @pytest.fixture

@@ -43,6 +43,8 @@ def test_output_and_gradients(backend, unwritten_shows, shape, dtype):
     factor = rounding_factor(backend, dtype)
     # Where PyTorch happens to be exact a value rounded once may still be one rounding off.
     floor = max(4e-6, torch.finfo(dtype).eps)
+    if shape[-1] == 1:  # no gradient but that of rounding, over a standard deviation of sqrt(eps)
+        floor = max(floor, torch.finfo(torch.float32).eps / 1e-3)
     for actual, expected, truth in zip(out, native, exact, strict=True):
         assert_error_budget(actual, expected, truth, factor, floor)
     assert torch.equal(inputs_grads[0], inputs_grads[1])

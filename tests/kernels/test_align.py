@@ -103,7 +103,8 @@ def test_strided_inputs(backend, unwritten_shows, function, reference, exact):
 def test_offsets_beyond_int32(backend, function, reference, exact):
     # Rows 2^30 elements apart in memory that is reserved and, but for three rows, never touched.
     x, target = setup(3, 8)
-    far = torch.empty(2**31 + 8, dtype=torch.bfloat16).as_strided((3, 8), (2**30, 1))
+    memory = torch.empty(2**31 + 8, dtype=torch.bfloat16, device=x.device)
+    far = memory.as_strided((3, 8), (2**30, 1))
     far.copy_(x)
     expected = run(reference, target, x.bfloat16(), torch.float32)
     torch.testing.assert_close(run(function, target, far, torch.float32), expected)
@@ -183,7 +184,7 @@ def test_target_is_a_constant(backend, function, reference, exact):
 def test_same_result_under_autocast(backend, function, reference, exact):
     arguments = setup(7, 96)
     expected = function(*arguments)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         actual = function(*arguments)
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])

@@ -164,7 +164,7 @@ def test_pixels_of_other_patches_do_not_matter(backend):
 
 def test_offsets_past_31_bits(backend):
     # Samples 2^30 bytes apart in memory that is reserved, and touched only where a sample lies.
-    storage = torch.empty(2**31 + 64, dtype=torch.uint8)
+    storage = torch.empty(2**31 + 64, dtype=torch.uint8, device=torch.get_default_device())
     images = storage.as_strided((3, 8, 8, 1), (2**30, 8, 1, 1))
     images.copy_(torch.arange(3 * 64).view(3, 8, 8, 1))
     arguments = images, torch.tensor([[0], [3], [2]]), 4, torch.zeros(1), torch.ones(1)
