@@ -80,8 +80,8 @@ def predict_memory(
         precision: bf16, fp16 or fp32, as it was resolved.
         world_size: ranks that share the states.
         fused_loss: the loss keeps one gradient, in place of eager PyTorch's chain.
-        on_cpu: the ranks compute there: what is offloaded stays in the same memory, and buckets count as far as
-            gradients fill them, since a CPU's memory is taken when it is written.
+        on_cpu: the ranks compute there: what is offloaded stays in the same memory, blocks keep less, and buckets
+            count as far as gradients fill them, since a CPU's memory is taken when it is written.
         sizes: `parameter_sizes` of the run, where they are known.
 
     Raises:
@@ -100,7 +100,7 @@ def predict_memory(
     offloads = not on_cpu and offloads_optimizer(config.deepspeed)
     # One rank without ZeRO moves 16-bit gradients into float32 ones as each is ready.
     moved = world_size == 1 and stage == 0 and precision == "bf16"
-    activations, recomputed = _activations(config, item, world_size, fused_loss)
+    activations, recomputed = _activations(config, item, world_size, fused_loss, whole=not on_cpu)
     return Memory(
         parameters=(count // world_size + whole if stage == 3 else count) * item,
         gathered=min(count - whole, _LIVE_PARAMETERS) * item if stage == 3 else 0,
@@ -125,7 +125,7 @@ def _bucket(config: Config, count: int, world_size: int, stage: int, on_cpu: boo
 def block_bytes(images: int, tokens: int, width: int, mlp_ratio: float, item: int, whole: bool) -> int:
     """What a pre-norm block keeps of a micro-batch: the inputs of its norms, GELU and attention.
 
-    Of a block that is computed again as a `whole`, also the inputs of its linears, results of norms and GELU.
+    As a `whole` also the inputs of its linears, results of norms and GELU: a block that is computed again, or on CUDA.
     """
     row = images * tokens * width * item
     # Two residual sums; queries, keys, values and what attention makes of them; before GELU.
@@ -135,8 +135,10 @@ def block_bytes(images: int, tokens: int, width: int, mlp_ratio: float, item: in
     return int(kept)
 
 
-def _activations(config: Config, item: int, world_size: int, fused_loss: bool) -> tuple[int, int]:
-    """Bytes kept by the forward pass, and by one block that is computed again."""
+def _activations(
+    config: Config, item: int, world_size: int, fused_loss: bool, whole: bool
+) -> tuple[int, int]:
+    """Bytes kept by the forward pass, by each block as a `whole` or not, and by one block that is computed again."""
     model, objective, images = config.model, config.objective, config.micro_batch(world_size)
     patches = config.grid[0] * config.grid[1]
     kept = config.mask.len_keep(config.grid)
@@ -152,7 +154,7 @@ def _activations(config: Config, item: int, world_size: int, fused_loss: bool) -
             total += depth * shape[0] * shape[1] * shape[2] * item
             recomputed = max(recomputed, block_bytes(*shape, whole=True))
         else:
-            total += depth * block_bytes(*shape, whole=False)
+            total += depth * block_bytes(*shape, whole=whole)
     # The last norms: the encoder's input and output, which the decoder's embedding reads; the decoder's, of the
     # removed patches only, with their indices.
     total += 2 * images * seen * model.width * item
