@@ -60,8 +60,12 @@ def _worker(name: str, problem: Problem) -> Worker:
     return Worker(build, problem, imports=IMPORTS[build])
 
 
-def measure_memory(problem: Problem, name: str, mode: str) -> int:
-    """Bytes of a contender after a warm-up step and another, in a fresh process."""
+def measure_memory(problem: Problem, name: str, mode: str, timed: Worker | None = None) -> int:
+    """Bytes of a contender in a step after a warm-up: in a fresh process, or on a GPU in the one that was timed."""
+    if timed is not None:
+        timed.forget_peak()
+        timed.step(mode == "compiled")
+        return timed.peak_memory()
     with _worker(name, problem) as worker:
         for _ in range(2):
             worker.step(mode == "compiled")
@@ -86,10 +90,12 @@ def measure(
         }
         # By the clock on every device: a worker answers when its device is done.
         samples = harness.time_in_turns(steps, "cpu", rounds, warmup)
+        on_gpu = problem.device.type == "cuda"
+        memory = {key: measure_memory(problem, *key, workers[key[0]]) for key in samples} if on_gpu else {}
     medians = {key: harness.summarise(seconds)["median_us"] for key, seconds in samples.items()}
     peers = [key for key in samples if key[0] != OURS]
     fastest = min(peers, key=medians.__getitem__)
-    memory = {key: measure_memory(problem, *key) for key in samples}
+    memory = memory or {key: measure_memory(problem, *key) for key in samples}
     peak = measure_peak_flops(Ranks().device, DTYPES[problem.precision])
     return [
         report.timed_row(

@@ -48,8 +48,12 @@ class Worker:
         return self._ask("compiled" if compiled else "eager")
 
     def peak_memory(self) -> int:
-        """Bytes held at most since the process began to build, its imports not counted."""
+        """Bytes held at most since the process began to build, or `forget_peak`; its imports not counted."""
         return self._ask("memory")
+
+    def forget_peak(self) -> None:
+        """Let the peak begin anew; on a GPU only, since a CPU's allocator keeps what it took."""
+        self._ask("forget")
 
     def close(self) -> None:
         """End the process."""
@@ -81,6 +85,9 @@ def _serve(pipe: Connection, build: Build, args: tuple, imports: str) -> None:
                 step = build(*args)
             if wanted == "memory":
                 pipe.send(memory.bytes())
+                continue
+            if wanted == "forget":
+                pipe.send(torch.cuda.reset_peak_memory_stats())
                 continue
             with torch.compiler.set_stance("default" if wanted == "compiled" else "force_eager"):
                 pipe.send(float(step()))
