@@ -11,7 +11,10 @@ import torch
 import triton
 
 FLUSH_BYTES = 512 * 2**20
-"""Written before each sample on CUDA: more than any cache holds, and long enough to queue the work behind it."""
+"""Written before each sample on CUDA: more than any cache holds."""
+
+FLUSHES = 8
+"""Times that it is written: the device is busy for a millisecond or more, and the work queues behind it."""
 
 
 def describe_machine(device: str) -> dict:
@@ -69,7 +72,8 @@ def _cuda_timer() -> Callable[[Callable[[], object]], float]:
     def once(run: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        flush.zero_()
+        for _ in range(FLUSHES):
+            flush.zero_()
         start.record()
         run()
         end.record()
@@ -77,6 +81,15 @@ def _cuda_timer() -> Callable[[Callable[[], object]], float]:
         return start.elapsed_time(end) / 1e3
 
     return once
+
+
+def host_time(run: Callable[[], object], rounds: int = 20) -> float:
+    """Microseconds that Python takes to queue some work on an idle CUDA device: median."""
+    samples = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        samples.append(_clock(run))
+    return 1e6 * statistics.median(samples)
 
 
 def summarise(samples: list[float]) -> dict[str, float]:

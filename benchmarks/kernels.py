@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py --static [--json PATH]   anywhere: counted, compiled, predicted; measures nothing
     python benchmarks/kernels.py [--json PATH]            on a CUDA device: times the same rows
+    python benchmarks/kernels.py --counted PATH ...       the same, with what --static --json PATH counted before
     python benchmarks/kernels.py --cpu [--json PATH]      the CPU path against the public formulation
 
 `benchmarks/README.md` explains the columns.
@@ -11,6 +12,7 @@ import argparse
 import functools
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -48,10 +50,15 @@ def contenders(problem: Problem, name: str, compiler: str) -> dict:
 def measure_pass(
     problem: Problem, name: str, device: str, copy_bandwidth: float, rounds: int, compiler: str = "inductor"
 ) -> dict:
-    """Time one pass; GB/s are the floor's bytes over the time, so that contenders compare."""
+    """Time one pass; GB/s are the floor's bytes over the time, so that contenders compare.
+
+    On CUDA the device's time is told, and what Python takes to queue the work, which hides behind other work or not.
+    """
     # A compiled backward pass is run more than once per forward pass here.
     with mock.patch("torch._functorch.config.donated_buffer", False):
-        samples = harness.time_in_turns(contenders(problem, name, compiler), device, rounds)
+        runs = contenders(problem, name, compiler)
+        samples = harness.time_in_turns(runs, device, rounds)
+        host = {key: harness.host_time(run) for key, run in runs.items()} if device == "cuda" else {}
     measured = {}
     for key, seconds in samples.items():
         summary = harness.summarise(seconds)
@@ -61,6 +68,7 @@ def measure_pass(
             "gb_per_s": 1e-9 * speed,
             "copy_percent": 100 * speed / copy_bandwidth,
             "times_fused": harness.ratio(seconds, samples["fused"]),
+            **({"host_us": host[key]} if host else {}),
         }
     return measured
 
@@ -72,16 +80,18 @@ def measure_rows(
     copy_bandwidth: float,
     rounds: int,
     compiler: str = "inductor",
+    static: Callable[[list, list[str]], Iterable[dict]] = rows.static_rows,
 ) -> list[dict]:
     """Return the static rows for one architecture, each with what was measured, or with its error.
 
-    A contender that fails, such as one that the compiler refuses, does not end an unattended run.
+    A contender that fails, such as one that the compiler refuses, does not end an unattended run. `static` counts, or
+    tells what was counted before.
     """
     measured = []
     for kernel, dtype, shape in jobs:
         print(f"{kernel} {dtype} {shape.name}", file=sys.stderr)
         problem = rows.build(kernel, dtype, shape, device)
-        for row in rows.static_rows([(kernel, dtype, shape)], [arch]):
+        for row in static([(kernel, dtype, shape)], [arch]):
             # Every shape is compiled for itself: a second one would otherwise be compiled for any size.
             torch.compiler.reset()
             row["copy_gb_per_s"] = 1e-9 * copy_bandwidth
@@ -145,7 +155,17 @@ def print_static(table: list[dict]) -> None:
 def print_measured(table: list[dict]) -> None:
     """Print what was timed on a CUDA device."""
     names = ["kernel", "pass", "dtype", "shape"]
-    header = [*names, "contender", "median µs", "p20", "p80", "GB/s of the floor", "% of copy", "× fused"]
+    header = [
+        *names,
+        "contender",
+        "median µs",
+        "p20",
+        "p80",
+        "GB/s of the floor",
+        "% of copy",
+        "× fused",
+        "host µs",
+    ]
     lines = []
     for row in table:
         for contender, time in row.get("measured", {}).items():
@@ -174,12 +194,17 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     mode.add_argument("--static", action="store_true", help="count, compile and predict; needs no GPU")
     mode.add_argument("--cpu", action="store_true", help="time the CPU path")
     parser.add_argument("--json", type=Path, help="where to store the rows")
+    parser.add_argument("--counted", type=Path, help="rows of --static --json; nothing is counted again")
     parser.add_argument("--kernels", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", choices=rows.DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--archs", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args(arguments)
+    if args.counted and (args.static or args.cpu):
+        parser.error(
+            "--counted is for timing on a CUDA device; --static counts itself, --cpu needs no counts"
+        )
     if not (args.static or args.cpu or torch.cuda.is_available()):
         parser.error("no CUDA device; --static and --cpu need none")
     return args
@@ -198,7 +223,10 @@ def main(arguments: list[str] | None = None) -> None:
         print_cpu(table)
     else:
         bandwidth, mode = harness.measure_copy_bandwidth(), "cuda"
-        table = measure_rows(jobs, "cuda", rows.local_arch(), bandwidth, args.rounds)
+        static = rows.static_rows
+        if args.counted:
+            static = functools.partial(rows.stored_rows, json.loads(args.counted.read_text())["rows"])
+        table = measure_rows(jobs, "cuda", rows.local_arch(), bandwidth, args.rounds, static=static)
         print_static(table)
         print_measured(table)
     if args.json:

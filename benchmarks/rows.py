@@ -144,6 +144,21 @@ def static_rows(jobs: list[tuple[str, str, Shape]], archs: list[str]) -> Iterato
                 }
 
 
+def stored_rows(stored: list[dict], jobs: list[tuple[str, str, Shape]], archs: list[str]) -> Iterator[dict]:
+    """Yield what `static_rows` would, from rows that it made before, on any machine.
+
+    Raises:
+        ValueError: a job has no rows for these archs.
+    """
+    for kernel, dtype, shape in jobs:
+        wanted = {"kernel": kernel, "dtype": dtype, "shape": f"{shape.name} batch {shape.batch}"}
+        found = [row for row in stored if row["arch"] in archs and wanted.items() <= row.items()]
+        if not found:
+            described = " ".join(wanted.values())
+            raise ValueError(f"no stored rows of {described} for {', '.join(archs)}; wanted some")
+        yield from (dict(row) for row in found)
+
+
 def _bytes_row(counts: Counts, name: str, small: Problem, problem: Problem, times: float) -> dict:
     fused, eager = counts["fused"][name], counts["eager"][name]
 
