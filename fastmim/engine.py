@@ -64,6 +64,8 @@ def start_distributed(ranks: Ranks) -> None:
     # DeepSpeed would compile an operator for ranks that share a CPU. Training does not get faster by it, and it
     # would need a compiler, a lock that a killed run leaves behind, and a path without spaces.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
     deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
     ranks.open_host_group()
     if ranks.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -89,9 +91,8 @@ def build_engine(
     # DeepSpeed's own 16-bit optimiser without ZeRO counts a step more than it made, and its plain path lets bad
     # gradients through.
     if stage == 0:
-        objective.to(
-            Ranks().device
-        )  # where the optimiser's copies belong; ZeRO makes its own, after DeepSpeed moves it
+        # Where the optimiser's copies belong; ZeRO makes its own, after DeepSpeed has moved the parameters.
+        objective.to(Ranks().device)
         completed["gradient_clipping"] = 0.0  # the optimiser clips
         completed.pop("zero_optimization", None)
         completed.pop("bf16", None)

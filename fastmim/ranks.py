@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastmim.errors import FastmimError
+from fastmim.errors import ConfigError, FastmimError
 
 T = TypeVar("T")
 
@@ -30,6 +30,9 @@ class Ranks:
         rank, world_size: over all nodes.
         local_rank, local_world_size: on this node.
         device: where this rank computes.
+
+    Raises:
+        ConfigError: more ranks on this node than it has GPUs.
     """
 
     def __init__(self):
@@ -40,6 +43,12 @@ class Ranks:
         self.world_size = int(os.environ["WORLD_SIZE"])
         self.local_world_size = local_world_size()
         on_cuda = torch.cuda.is_available()
+        if on_cuda and self.local_world_size > torch.cuda.device_count():
+            raise ConfigError(
+                f"{self.local_world_size} ranks on a node with {torch.cuda.device_count()} GPUs; expected one rank per"
+                " GPU, or CUDA_VISIBLE_DEVICES= for ranks that compute on the CPU",
+                everywhere=True,
+            )
         self.device = torch.device("cuda", self.local_rank) if on_cuda else torch.device("cpu")
         self._host_group: dist.ProcessGroup | None = None
 

@@ -1,10 +1,17 @@
 """Fixtures that many tests share: a private cache, and tiny configurations."""
 
 import logging
+import os
 
 import pytest
 
 from fastmim import recipes
+
+
+def pytest_configure(config):
+    """On a machine with GPUs too, all but `-m gpu` is tested on the CPU, with as many ranks as a test wants."""
+    if config.option.markexpr == "not gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from fastmim.errors import ConfigError
+from fastmim.ranks import Ranks
 from tests.launching import SCRIPTS, environment
 
 SCRIPT = """
@@ -33,6 +38,18 @@ with open(f"{sys.argv[1]}/{ranks.rank}.json", "w") as file:
     json.dump(told, file)
 dist.destroy_process_group()
 """
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert Ranks().device == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(
+        ConfigError, match=r"^2 ranks on a node with 1 GPUs; expected one rank per GPU, or CUDA_"
+    ):
+        Ranks()
 
 
 def test_two_ranks_agree(tmp_path):

@@ -63,6 +63,26 @@ def test_how_a_step_is_computed_does_not_change_it(recipe, one_rank, variant):
     np.testing.assert_allclose(losses(got), one_rank[:5], rtol=1e-4)
 
 
+ON_A_GPU = {
+    "float32": [],
+    "bf16": ["train.precision=bf16"],
+    "ZeRO 1": ["train.precision=bf16", "deepspeed.zero_optimization.stage=1"],
+    "ZeRO 3": ["train.precision=bf16", "deepspeed.zero_optimization.stage=3"],
+    "compile": ["train.precision=bf16", "train.compile=true"],
+    "activation checkpointing": ["train.activation_checkpointing=true"],
+    "ema": ["train.ema_decay=0.9"],
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ON_A_GPU)
+def test_it_learns_on_a_gpu(recipe, variant):
+    words = ["data.source=images", "train.max_steps=20", *ON_A_GPU[variant]]
+    got = losses(train(recipe, *words, f"output=gpu_{variant.replace(' ', '_')}"))
+    assert len(got) == 20
+    assert np.mean(got[-4:]) < 0.9 * np.mean(got[:4])
+
+
 def test_the_real_kernels_interpreted_give_the_references_losses(recipe, one_rank):
     arguments = ["data.source=images", "output=interpret", "train.max_steps=3"]
     done = launch(recipe, *arguments, FASTMIM_KERNELS="interpret")
