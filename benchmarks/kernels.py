@@ -27,6 +27,7 @@ from benchmarks import harness, markdown, rows
 from benchmarks.cases import CASES
 from benchmarks.compiled import TARGETS
 from benchmarks.problems import SHAPES, Problem, Shape
+from fastmim.provenance import source_commit
 
 CPU_TARGETS = {"masked_pixel_loss": 2.0, "unshuffle": 1.5}
 """Kernels that `--cpu` times, and how much faster than the public formulation they are meant to be."""
@@ -174,6 +175,23 @@ def print_measured(table: list[dict]) -> None:
     print_table("Measured:", header, lines)
 
 
+def tables(stored: dict) -> dict[str, str]:
+    """The page's table of rows that were timed on a CUDA device: `kernels`."""
+    header = ["kernel", "pass", "shape", "µs", "p20–p80", "% of copy", "eager µs", "compiled µs"]
+    lines = []
+    for row in stored["rows"]:
+        fused, eager, compiled = (row["measured"][name] for name in ("fused", "eager", "compiled"))
+        lines.append(
+            [
+                *(row["kernel"], row["pass"], row["shape"]),
+                *(f"{fused['median_us']:.1f}", f"{fused['p20_us']:.1f}–{fused['p80_us']:.1f}"),
+                f"{fused['copy_percent']:.0f}",
+                *(f"{other['median_us']:.1f}" for other in (eager, compiled)),
+            ]
+        )
+    return {"kernels": markdown.table(header, lines)}
+
+
 def print_cpu(table: list[dict]) -> None:
     """Print the CPU's times."""
     lines = []
@@ -231,7 +249,9 @@ def main(arguments: list[str] | None = None) -> None:
         print_measured(table)
     if args.json:
         machine = harness.describe_machine("cuda" if mode == "cuda" else "cpu")
-        args.json.write_text(json.dumps({"machine": {"mode": mode, **machine}, "rows": table}, indent=1))
+        told = {"machine": {"mode": mode, **machine, "commit": source_commit()}}
+        told["arguments"] = {name: str(getattr(args, name)) for name in ("dtypes", "shapes", "rounds")}
+        args.json.write_text(json.dumps({**told, "rows": table}, indent=1))
     if any("error" in row for row in table):
         sys.exit("some rows could not be measured; see above")
 

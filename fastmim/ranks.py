@@ -46,8 +46,7 @@ class Ranks:
         if on_cuda and self.local_world_size > torch.cuda.device_count():
             raise ConfigError(
                 f"{self.local_world_size} ranks on a node with {torch.cuda.device_count()} GPUs; expected one rank per"
-                " GPU, or CUDA_VISIBLE_DEVICES= for ranks that compute on the CPU",
-                everywhere=True,
+                " GPU, or CUDA_VISIBLE_DEVICES= for ranks that compute on the CPU"
             )
         self.device = torch.device("cuda", self.local_rank) if on_cuda else torch.device("cpu")
         self._host_group: dist.ProcessGroup | None = None

@@ -1,5 +1,6 @@
 """The kernel benchmark plans, counts and compiles on a machine without a GPU."""
 
+import functools
 import json
 import math
 import subprocess
@@ -161,6 +162,31 @@ def test_a_contender_that_fails_does_not_end_the_run(monkeypatch):
     torch.compiler.reset()
     assert [row["pass"] for row in failed] == ["forward", "backward"]
     assert all("refused" in row["error"] and "measured" not in row for row in failed)
+
+
+def test_rows_that_were_counted_before_are_measured_as_they_are():
+    jobs = [("gather_tokens", "bfloat16", SMALL), ("unshuffle", "bfloat16", SMALL)]
+    identity = {"dtype": "bfloat16", "shape": f"{SMALL.name} batch {SMALL.batch}"}
+    stored = [
+        {"kernel": kernel, "pass": name, "arch": arch, "bytes": 7, **identity}
+        for kernel in ("unshuffle", "gather_tokens")
+        for name in ("forward", "backward")
+        for arch in ("sm_80", "sm_90")
+    ]
+    found = list(rows.stored_rows(stored, jobs, ["sm_90"]))
+    assert [row["kernel"] for row in found] == 2 * ["gather_tokens"] + 2 * ["unshuffle"]
+    assert {row["arch"] for row in found} == {"sm_90"}
+    with pytest.raises(ValueError, match=r"no stored rows of unshuffle float32 .* for sm_90; wanted some"):
+        list(rows.stored_rows(stored, [("unshuffle", "float32", SMALL)], ["sm_90"]))
+    static = functools.partial(rows.stored_rows, stored)
+    measured = kernels.measure_rows(
+        jobs[:1], "cpu", "sm_90", 1e9, rounds=2, compiler="aot_eager", static=static
+    )
+    torch.compiler.reset()
+    assert [row["bytes"] for row in measured] == [7, 7]
+    lines = kernels.tables({"rows": measured})["kernels"].splitlines()
+    assert lines[2].startswith(f"| gather_tokens | forward | {identity['shape']} | ")
+    assert lines[0].count("|") == lines[2].count("|") and len(lines) == 4
 
 
 def test_the_cpu_comparison_reports_a_ratio_per_kernel():
