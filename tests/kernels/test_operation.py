@@ -80,7 +80,7 @@ def test_fake_meta_and_subclass_tensors_are_seen(dispatched):
 def test_what_has_no_gradient_is_not_differentiated():
     x, bias = setup()
     (grad,) = torch.autograd.grad(bias_gelu(x, bias).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="fastmim.bias_gelu_backward"):
+    with pytest.raises(RuntimeError, match=r"fastmim\.bias_gelu_backward|fastmim::bias_gelu_backward"):
         torch.autograd.grad(grad.sum(), x)
     assert torch.is_tensor(_bias_gelu_backward(x.detach(), x.detach(), bias.detach())[0])
 
