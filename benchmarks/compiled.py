@@ -134,7 +134,7 @@ def inspect_launch(launch: Launch, arch: str) -> dict:
         arch: a key of `TARGETS`.
 
     Returns:
-        registers (per thread), spills (instructions that touch local memory; on gfx942 spilled registers),
+        registers (per thread), spills (instructions that touch local memory; on gfx942 registers spilled to memory),
         shared_bytes (per program), load_bits and store_bits (widest global access of a thread), occupancy
         (theoretical, 0..1: warps that fit a multiprocessor over the most that it holds).
     """
@@ -196,6 +196,8 @@ def _inspect_amdgcn(compiled: triton.compiler.CompiledKernel) -> dict:
         return max((names[suffix] for suffix in suffixes), default=0)
 
     registers, warps, shared = count("vgpr_count"), compiled.metadata.num_warps, compiled.metadata.shared
+    # Scalar registers are spilled into lanes of vector registers; with an empty private segment nothing reaches memory.
+    scalar = count("sgpr_spill_count") if count("private_segment_fixed_size") else 0
     # A compute unit has 4 units of 512 registers a lane, handed out by 8, and at most 8 waves each; a work
     # group's waves are spread over the four. It has 64 KiB of shared memory.
     # Source: LLVM's AMDGPU usage guide and the CDNA3 instruction set manual.
@@ -203,7 +205,7 @@ def _inspect_amdgcn(compiled: triton.compiler.CompiledKernel) -> dict:
     groups = min(waves // warps, 65_536 // shared if shared else 32)
     return {
         "registers": registers,
-        "spills": count("vgpr_spill_count") + count("sgpr_spill_count"),
+        "spills": count("vgpr_spill_count") + scalar,
         "shared_bytes": shared,
         "load_bits": widest("load"),
         "store_bits": widest("store"),

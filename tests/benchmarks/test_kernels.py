@@ -14,7 +14,7 @@ from fastmim.kernels import _dispatch
 
 from benchmarks import counting, harness, kernels, rows
 from benchmarks.cases import CASES
-from benchmarks.compiled import TARGETS, cuda_occupancy
+from benchmarks.compiled import TARGETS, compile_launch, cuda_occupancy, inspect_launch
 from benchmarks.problems import SHAPES, Shape
 
 KEYS = {
@@ -193,6 +193,13 @@ def test_the_cpu_comparison_reports_a_ratio_per_kernel():
     table = kernels.measure_on_cpu(SMALL, ["float32"], rounds=2)
     assert [row["kernel"] for row in table] == ["masked_pixel_loss", "unshuffle"]
     assert all(math.isfinite(row["ratio"]) and row["ratio"] > 0 for row in table)
+
+
+def test_scalar_registers_in_lanes_of_vector_registers_are_no_spills():
+    (launch,) = rows.record_passes(rows.build("unshuffle", "float32", SHAPES["ViT-B/16"], "cpu"))["backward"]
+    assembly = compile_launch(launch, TARGETS["gfx942"]).asm["amdgcn"]
+    assert ".private_segment_fixed_size: 0" in assembly and ".vgpr_spill_count: 0" in assembly
+    assert inspect_launch(launch, "gfx942")["spills"] == 0
 
 
 class TestCounting:
