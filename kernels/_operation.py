@@ -10,13 +10,21 @@ from torch.nn import Parameter
 _PLAIN = (Tensor, Parameter)
 
 
+def _watched() -> bool:
+    """Whether a dispatch mode or a transform of `torch.func` is active."""
+    return (
+        bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 class Operation:
     """`torch.ops.fastmim.NAME`, and a shorter way to the same implementation.
 
     The dispatcher spends more of the host's time on an operation written in Python, and on its autograd node, than
     everything else in a call does, and a step of a small model waits for the host. So a call goes there only where the
-    operation has to be seen: by a compiler, a dispatch mode (fake tensors, FLOP counters), a tensor subclass, or for
-    tensors without memory. Otherwise it is a `torch.autograd.Function`, or nothing but the implementation.
+    operation has to be seen: by a compiler, a dispatch mode (fake tensors, FLOP counters), a transform of
+    `torch.func`, a tensor subclass, or for tensors without memory. Otherwise it is a `torch.autograd.Function`, or
+    nothing but the implementation.
 
     Args:
         name: of the operation.
@@ -45,7 +53,7 @@ class Operation:
 
     def __call__(self, *args):
         """Run the operation; its arguments are positional."""
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if torch.compiler.is_compiling() or _watched():
             return self._operation(*args)
         needs_grad, may_need = False, torch.is_grad_enabled()
         for arg in args:

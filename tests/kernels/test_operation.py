@@ -77,6 +77,15 @@ def test_fake_meta_and_subclass_tensors_are_seen(dispatched):
     assert dispatched == ["gather_tokens", "bias_gelu", "bias_gelu"]
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # no batching rule
+def test_transforms_of_torch_func_are_seen(dispatched):
+    x, ids = torch.randn(4, 2, 5, 3), torch.tensor([[4, 0], [1, 2]])
+    expected = torch.stack([gather_tokens(sample, ids) for sample in x])
+    assert not dispatched
+    assert torch.equal(torch.vmap(lambda sample: gather_tokens(sample, ids))(x), expected)
+    assert dispatched == ["gather_tokens"]
+
+
 def test_what_has_no_gradient_is_not_differentiated():
     x, bias = setup()
     (grad,) = torch.autograd.grad(bias_gelu(x, bias).sum(), x, create_graph=True)
