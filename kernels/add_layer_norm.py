@@ -24,11 +24,14 @@ def add_layer_norm_reference(
 
 
 @kernel
-def centre_rows(values, valid, columns, eps):
-    """Rows less their mean, 0 outside `valid`, and one over their standard deviation."""
+def centre_rows(values, valid, columns, eps, ROUNDED: tl.constexpr = False):
+    """Rows less their mean, 0 outside `valid`, and one over their standard deviation.
+
+    ROUNDED: divide with correct rounding, for a row of equal values to be exactly its mean; it takes registers.
+    """
     # Two passes over registers: a variance from a sum of squares would cancel where the mean is large.
-    # And a correctly rounded division, for a row of equal values to be exactly its mean.
-    average = tl.div_rn(tl.sum(values, axis=1), columns * 1.0)
+    total = tl.sum(values, axis=1)
+    average = tl.div_rn(total, columns * 1.0) if ROUNDED else total / columns
     values = tl.where(valid, values - average[:, None], 0.0)
     return values, 1.0 / tl.sqrt(tl.sum(values * values, axis=1) / columns + eps)
 
@@ -62,7 +65,7 @@ def _add_layer_norm_forward_kernel(
         # The next addition starts from the rounded sum, so that is what is normalised.
         rounded = values.to(total.dtype.element_ty)
         tl.store(total + at, rounded, mask=valid)
-        values, factor = centre_rows(rounded.to(tl.float32), valid, columns, eps)
+        values, factor = centre_rows(rounded.to(tl.float32), valid, columns, eps, ROUNDED=True)
         values = values * factor[:, None] * scale[None, :] + shift[None, :]
         tl.store(normed + at, values.to(normed.dtype.element_ty), mask=valid)
 

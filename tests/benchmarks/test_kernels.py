@@ -195,6 +195,14 @@ def test_the_cpu_comparison_reports_a_ratio_per_kernel():
     assert all(math.isfinite(row["ratio"]) and row["ratio"] > 0 for row in table)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_spills_at_the_size_of_vit_b(name):
+    dtype = "int64" if CASES[name].integer else "bfloat16"
+    shape = rows.reported_as(name)(SHAPES["ViT-B/16"])
+    for launches in rows.record_passes(rows.build(name, dtype, shape, "cpu")).values():
+        assert rows.summarise_launches(launches, "sm_90")["spills"] == 0
+
+
 def test_scalar_registers_in_lanes_of_vector_registers_are_no_spills():
     (launch,) = rows.record_passes(rows.build("unshuffle", "float32", SHAPES["ViT-B/16"], "cpu"))["backward"]
     assembly = compile_launch(launch, TARGETS["gfx942"]).asm["amdgcn"]
