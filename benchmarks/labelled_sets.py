@@ -112,7 +112,7 @@ SETS = {
         test=str(_FASHION / "test.npy"),
         labels=str(_FASHION / "train_labels.npy"),
         test_labels=str(_FASHION / "test_labels.npy"),
-        minutes=10,
+        minutes=12,
         epochs={0.01: 15, 0.1: 4},
         pool="quadrants",
     ),
