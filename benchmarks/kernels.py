@@ -180,6 +180,9 @@ def tables(stored: dict) -> dict[str, str]:
     header = ["kernel", "pass", "shape", "µs", "p20–p80", "% of copy", "eager µs", "compiled µs"]
     lines = []
     for row in stored["rows"]:
+        if "error" in row:
+            lines.append([*(row[name] for name in header[:3]), row["error"], *4 * ["–"]])
+            continue
         fused, eager, compiled = (row["measured"][name] for name in ("fused", "eager", "compiled"))
         lines.append(
             [
@@ -212,7 +215,9 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     mode.add_argument("--static", action="store_true", help="count, compile and predict; needs no GPU")
     mode.add_argument("--cpu", action="store_true", help="time the CPU path")
     parser.add_argument("--json", type=Path, help="where to store the rows")
-    parser.add_argument("--counted", type=Path, help="rows of --static --json; nothing is counted again")
+    parser.add_argument(
+        "--counted", type=Path, metavar="PATH", help="rows of --static --json; nothing is counted again"
+    )
     parser.add_argument("--kernels", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", choices=rows.DTYPES, default=["float32", "bfloat16"])
@@ -225,7 +230,19 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
         )
     if not (args.static or args.cpu or torch.cuda.is_available()):
         parser.error("no CUDA device; --static and --cpu need none")
+    if args.counted and not args.counted.exists():
+        parser.error(f"--counted {args.counted} does not exist; expected what --static --json wrote")
     return args
+
+
+def read_counted(path: Path, jobs: list[tuple[str, str, Shape]], arch: str) -> Callable:
+    """What gives the rows of a job from a stored table, which must have all of them: else the script ends in a line."""
+    static = functools.partial(rows.stored_rows, json.loads(path.read_text())["rows"])
+    try:
+        list(static(jobs, [arch]))
+    except ValueError as error:
+        sys.exit(f"--counted {path}: {error}")
+    return static
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -240,11 +257,10 @@ def main(arguments: list[str] | None = None) -> None:
         table, mode = measure_on_cpu(shape, args.dtypes, args.rounds), "cpu"
         print_cpu(table)
     else:
-        bandwidth, mode = harness.measure_copy_bandwidth(), "cuda"
-        static = rows.static_rows
-        if args.counted:
-            static = functools.partial(rows.stored_rows, json.loads(args.counted.read_text())["rows"])
-        table = measure_rows(jobs, "cuda", rows.local_arch(), bandwidth, args.rounds, static=static)
+        arch, mode = rows.local_arch(), "cuda"
+        static = read_counted(args.counted, jobs, arch) if args.counted else rows.static_rows
+        bandwidth = harness.measure_copy_bandwidth()
+        table = measure_rows(jobs, "cuda", arch, bandwidth, args.rounds, static=static)
         print_static(table)
         print_measured(table)
     if args.json:

@@ -40,7 +40,7 @@ def kept_instead(
 
     Worth it where the inputs are kept anyway and the computation is a pass over memory: LayerNorm, GELU. Nothing
     changes under a compiler, which makes this choice by itself, nor inside `recompute`, which keeps neither, nor on
-    CUDA, where such passes were a twelfth of a step's time, while the memory of an H100 was a tenth full.
+    CUDA, where the passes cost time and memory is saved by activation checkpointing, where it is short.
 
     Args:
         tensor: what is not kept, `again(*inputs)`; it has to live as long as the context does.

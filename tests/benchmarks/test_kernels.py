@@ -1,6 +1,5 @@
 """The kernel benchmark plans, counts and compiles on a machine without a GPU."""
 
-import functools
 import json
 import math
 import subprocess
@@ -164,7 +163,7 @@ def test_a_contender_that_fails_does_not_end_the_run(monkeypatch):
     assert all("refused" in row["error"] and "measured" not in row for row in failed)
 
 
-def test_rows_that_were_counted_before_are_measured_as_they_are():
+def test_rows_that_were_counted_before_are_measured_as_they_are(tmp_path):
     jobs = [("gather_tokens", "bfloat16", SMALL), ("unshuffle", "bfloat16", SMALL)]
     identity = {"dtype": "bfloat16", "shape": f"{SMALL.name} batch {SMALL.batch}"}
     stored = [
@@ -178,15 +177,21 @@ def test_rows_that_were_counted_before_are_measured_as_they_are():
     assert {row["arch"] for row in found} == {"sm_90"}
     with pytest.raises(ValueError, match=r"no stored rows of unshuffle float32 .* for sm_90; wanted some"):
         list(rows.stored_rows(stored, [("unshuffle", "float32", SMALL)], ["sm_90"]))
-    static = functools.partial(rows.stored_rows, stored)
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"rows": stored}))
+    with pytest.raises(SystemExit, match=r"^--counted .*rows.json: no stored rows of gather_tokens bfloat16"):
+        kernels.read_counted(path, jobs, "sm_100")
+    static = kernels.read_counted(path, jobs, "sm_90")
     measured = kernels.measure_rows(
         jobs[:1], "cpu", "sm_90", 1e9, rounds=2, compiler="aot_eager", static=static
     )
     torch.compiler.reset()
     assert [row["bytes"] for row in measured] == [7, 7]
-    lines = kernels.tables({"rows": measured})["kernels"].splitlines()
+    failed = {**stored[0], "error": "RuntimeError: refused"}
+    lines = kernels.tables({"rows": [*measured, failed]})["kernels"].splitlines()
     assert lines[2].startswith(f"| gather_tokens | forward | {identity['shape']} | ")
-    assert lines[0].count("|") == lines[2].count("|") and len(lines) == 4
+    assert lines[4].startswith(f"| unshuffle | forward | {identity['shape']} | RuntimeError: refused | – |")
+    assert {line.count("|") for line in lines} == {9} and len(lines) == 5
 
 
 def test_the_cpu_comparison_reports_a_ratio_per_kernel():

@@ -1,5 +1,6 @@
 """Predicted bytes against those of real tensors: DeepSpeed's states on two ranks, what a forward pass keeps."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from benchmarks import memory
 from benchmarks.gloo import make_config
 from fastmim.errors import ConfigError
 from fastmim.memory import parameter_sizes, predict_memory
+from fastmim.models import blocks
 from fastmim.objectives import build_objective
 
 
@@ -38,6 +40,18 @@ def test_activations(tiny, variant):
     predicted = predict_memory(config, "fp32", 1, on_cpu=True)
     assert predicted.activations == pytest.approx(kept, rel=memory.TOLERANCE["activations"])
     assert loss.isfinite()
+
+
+def test_activations_of_a_gpu_are_those_of_blocks_that_compute_nothing_again(tiny, monkeypatch):
+    monkeypatch.setattr(blocks, "kept_instead", lambda *_: contextlib.nullcontext())
+    config = make_config([*tiny, "optim.batch_size=8"])
+    objective = build_objective(config, "sdpa")
+    ids = torch.arange(8)
+    images = torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8)
+    batch = SimpleNamespace(images=images, epochs=ids * 0, positions=ids)
+    kept, _ = memory.kept_by(lambda: objective(batch)["loss"], torch.device("cpu"))
+    predicted = predict_memory(config, "fp32", 1).activations
+    assert predicted == pytest.approx(kept, rel=memory.TOLERANCE["activations"])
 
 
 def test_the_parameters_are_those_of_the_model(tiny):

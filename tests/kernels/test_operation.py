@@ -3,7 +3,6 @@
 import pytest
 import torch
 from fastmim.kernels import bias_gelu, gather_tokens, sample_random_mask
-from fastmim.kernels.bias_gelu import _bias_gelu_backward
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -91,7 +90,6 @@ def test_what_has_no_gradient_is_not_differentiated():
     (grad,) = torch.autograd.grad(bias_gelu(x, bias).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"fastmim\.bias_gelu_backward|fastmim::bias_gelu_backward"):
         torch.autograd.grad(grad.sum(), x)
-    assert torch.is_tensor(_bias_gelu_backward(x.detach(), x.detach(), bias.detach())[0])
 
 
 def test_the_adjoints_differentiate_each_other_twice():

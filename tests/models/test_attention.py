@@ -121,8 +121,10 @@ def test_xformers_is_refused_where_it_cannot_run(choose):
 
 
 @pytest.mark.gpu
-def test_xformers_agrees_with_sdpa():
-    if refusal := xformers_refusal("bf16"):
-        pytest.skip(refusal)
+def test_xformers_agrees_with_sdpa_or_is_refused(choose):
+    if xformers_refusal("bf16"):
+        with pytest.raises(ConfigError, match=r"train.attention='xformers': xformers"):
+            choose("xformers", "cuda", "bf16")
+        return
     q, k, v = (torch.randn(2, 50, 4, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
     torch.testing.assert_close(attend(q, k, v, "xformers"), attend(q, k, v, "sdpa"), rtol=2e-2, atol=2e-2)

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from fastmim.models.blocks import Blocks
@@ -87,6 +88,12 @@ def test_where_nothing_is_kept_nothing_changes(why):
         active = F.gelu(x.detach() if why == "frozen" else x)
         assert isinstance(kept_instead(active, F.gelu, x), contextlib.nullcontext)
         assert recompute(lambda value: value * 2, x.detach()).equal(x.detach() * 2)
+
+
+def test_on_cuda_what_is_computed_is_kept():
+    with FakeTensorMode():
+        x = torch.empty(3, 4, device="cuda", requires_grad=True)
+        assert isinstance(kept_instead(x * 2, F.gelu, x), contextlib.nullcontext)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks
