@@ -2,7 +2,8 @@
 
 `python benchmarks/dense.py` draws the sets, pre-trains through launch.py on the images without labels, and trains each
 task from those weights and from the random ones that pre-training began with. Finished parts are kept: a second call
-makes what is missing. `--docs FOLDER` writes the table between the markers of FOLDER/evaluation.md.
+makes what is missing. `--docs FOLDER` writes the table between the markers of FOLDER/evaluation.md, and its rows into
+FOLDER/results.
 """
 
 import argparse
@@ -129,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
                 key = key_of(title, start, seed)
                 out = args.runs / "tasks" / key.replace(", ", "-").replace(" ", "-")
                 results.keep(key, partial(evaluate, title, weights, seed, places, out, args.quick))
-    tell(args, results.told, "dense", figures_table(results.told))
+    tell(args, results.told, "dense", "dense", figures_table(results.told))
 
 
 if __name__ == "__main__":

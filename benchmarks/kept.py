@@ -53,20 +53,33 @@ def parse(
     parser.add_argument("--runs", type=Path, default=Path(runs), help="where all is kept")
     parser.add_argument("--quick", action="store_true", help="a tiny network, a few steps: does it run?")
     parser.add_argument("--json", type=Path, help="write machine and rows")
-    parser.add_argument("--docs", type=Path, help="write the table into FOLDER/evaluation.md")
+    parser.add_argument(
+        "--docs", type=Path, help="the table into FOLDER/evaluation.md, rows into FOLDER/results"
+    )
     args = parser.parse_args(arguments)
     if args.quick and args.docs:
         parser.error("--docs with --quick, whose figures say nothing; expected one of them")
     return args
 
 
-def tell(args: argparse.Namespace, told: dict, name: str, text: str) -> None:
-    """Print a table, and write rows and page where the options say so; `name` is of the page's markers."""
+def tell(args: argparse.Namespace, told: dict, stored: str, name: str, text: str) -> None:
+    """Print a table, and write it where the options say so.
+
+    Args:
+        args: `--json PATH` takes the rows, `--docs FOLDER` FOLDER/results/STORED.json, and the table the page.
+        told: machine, settings and rows.
+        stored: name of the rows.
+        name: of the table's markers in the page.
+        text: the table.
+    """
     print(text)
+    rows = json.dumps(told, indent=1) + "\n"
     if args.json:
-        args.json.write_text(json.dumps(told, indent=1))
+        args.json.write_text(rows)
     if args.docs:
-        page = args.docs / "evaluation.md"
+        page, results = args.docs / "evaluation.md", args.docs / "results"
+        results.mkdir(exist_ok=True)
+        (results / f"{stored}.json").write_text(rows)
         page.write_text(fill(page.read_text(), {name: text}, partly=True))
 
 

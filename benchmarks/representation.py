@@ -3,7 +3,7 @@
 `python benchmarks/representation.py fashion_mnist` (or `photographs`) pre-trains through launch.py and tries each
 classifier on 1, 10 and 100 % of the labels; `--equal-time` also trains transformers' ViTMAE by a plain loop for the
 same time and probes both. Finished parts are kept: a second call makes what is missing. `--docs FOLDER` writes the
-tables between the markers of FOLDER/evaluation.md.
+tables between the markers of FOLDER/evaluation.md, and their rows into FOLDER/results.
 """
 
 import argparse
@@ -188,7 +188,8 @@ def accuracy_table(told: dict, labelled: LabelledSet) -> str:
             if set(cells) != {"–"}:
                 lines.append([protocol, f"{share:.0%}", *cells])
     header = ["classifier", "labels", OURS, RANDOM, PIXELS]
-    return f"{table(header, lines)}\n\n{labelled.title}: {cost(told)}."
+    own = {key: row for key, row in rows.items() if PLAIN not in key}  # the race has a table of its own
+    return f"{table(header, lines)}\n\n{labelled.title}: {cost({**told, 'rows': own})}."
 
 
 def race_table(told: dict, labelled: LabelledSet) -> str:
@@ -236,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         measure(results, weights, labelled, folder, args.quick)
         name, text = args.set, accuracy_table(results.told, labelled)
-    tell(args, results.told, name, text)
+    tell(args, results.told, args.set, name, text)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import attention, docs
+from benchmarks import attention, dense, docs, representation
+from benchmarks.labelled_sets import SETS
 from benchmarks.markdown import fill
 from benchmarks.report import RESULTS
 
@@ -37,6 +38,21 @@ def test_a_result_of_no_script_is_refused(tmp_path):
 def test_the_page_is_up_to_date():
     page = docs.PAGE.read_text()
     assert fill(page, docs.collect(RESULTS), partly=True) == page, "run `make bench-docs`"
+
+
+def test_the_page_of_evaluation_shows_what_is_stored():
+    folder, tables = docs.PAGE.parents[1] / "docs", {}
+    for path in (folder / "results").glob("*.json"):
+        told = json.loads(path.read_text())
+        if path.stem == "dense":
+            tables["dense"] = dense.figures_table(told)
+            continue
+        tables[path.stem] = representation.accuracy_table(told, SETS[path.stem])
+        if representation.PLAIN in told["rows"]:
+            tables[f"{path.stem}_equal_time"] = representation.race_table(told, SETS[path.stem])
+    page = (folder / "evaluation.md").read_text()
+    assert tables and tables.keys() <= set(re.findall(r"<!-- table: (\w+) -->", page))
+    assert fill(page, tables, partly=True) == page
 
 
 def test_the_page_asks_for_tables_that_scripts_make():
