@@ -106,15 +106,18 @@ def from_stored(weights: Weights, protocol: str, name: str, share: float, draws:
     return {"accuracy": each}
 
 
+def batch_and_rate(images: int) -> list[str]:
+    """Overrides of fine-tuning: at most 64 images a step, a power of 2 with three steps an epoch or more; `PEAK_LR`."""
+    batch = min(64, 1 << (images // 3).bit_length() - 1)
+    return [f"batch_size={batch}", f"blr={PEAK_LR * 256 / batch}"]
+
+
 def from_training(
     weights: Weights, overrides: list[str], name: str, share: float, epochs: int, folder: Path
 ) -> dict:
     """The accuracy of a network that is trained on from its weights, on the first draw of a share of the labels."""
     entry, train = PROTOCOLS["finetune"], share_of(weights.train, share, 0)
-    # A power of 2, of which an epoch has three steps or more.
-    batch = min(64, 1 << (len(train) // 3).bit_length() - 1)
-    words = [*SHORT, *overrides, f"batch_size={batch}", f"blr={PEAK_LR * 256 / batch}"]
-    words += [f"epochs={epochs}", f"test_every={epochs}"]
+    words = [*SHORT, *overrides, *batch_and_rate(len(train)), f"epochs={epochs}", f"test_every={epochs}"]
     encoder, trained = load_encoder(str(weights.paths[name]))
     config = recipes.load_evaluation(entry.config, "finetune", None, words).resolved(trained)
     identity = {"protocol": "finetune", "settings": config.model_dump(mode="json")}

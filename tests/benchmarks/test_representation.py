@@ -1,5 +1,6 @@
 """The tables of what pre-training is worth: every part runs, is kept, and lands in the page."""
 
+import argparse
 import json
 import time
 from dataclasses import replace
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import plain_vitmae, pretraining, representation
+from benchmarks.kept import tell
 from benchmarks.labelled_sets import SETS, LabelledSet, StoredFeatures, pixels, share_of
 from benchmarks.markdown import fill
 from fastmim import recipes
@@ -101,6 +103,14 @@ def test_shares_are_stratified_and_draws_differ(small):
     assert share_of(train, 1.0, 0) is train
 
 
+@pytest.mark.parametrize(("images", "batch"), [(3, 1), (25, 8), (246, 64), (60_000, 64)])
+def test_fine_tuning_has_one_peak_rate_whatever_the_batch(images, batch):
+    words = representation.batch_and_rate(images)
+    config = recipes.load_evaluation(representation.PROTOCOLS["finetune"].config, "finetune", None, words)
+    assert config.batch_size == batch
+    assert config.blr * batch / 256 == pytest.approx(representation.PEAK_LR)
+
+
 def test_stored_features_are_those_of_the_images_that_are_asked_for(small):
     config = recipes.load("fashion_mnist")
     train, test = small.read(config)
@@ -139,6 +149,17 @@ def test_tables_tell_means_spreads_and_what_is_missing():
     page = "<!-- table: things -->\n<!-- end -->\n<!-- table: other -->\nkept\n<!-- end -->"
     filled = fill(page, {"things": text}, partly=True)
     assert "| full |" in filled and filled.endswith("<!-- table: other -->\nkept\n<!-- end -->")
+
+
+def test_a_table_reaches_the_page_and_its_rows_the_folder_beside_it(tmp_path, capsys):
+    page = tmp_path / "evaluation.md"
+    page.write_text("<!-- table: race -->\nold\n<!-- end -->\n<!-- table: other -->\nkept\n<!-- end -->\n")
+    told = {"rows": {"pre-training": {"images": 64}}}
+    tell(argparse.Namespace(json=None, docs=tmp_path), told, "things", "race", "| new |")
+    assert capsys.readouterr().out == "| new |\n"
+    filled = "<!-- table: race -->\n| new |\n<!-- end -->\n<!-- table: other -->\nkept\n<!-- end -->\n"
+    assert page.read_text() == filled
+    assert json.loads((tmp_path / "results" / "things.json").read_text()) == told
 
 
 def test_quick_accuracies_are_not_documented(capsys):
