@@ -193,7 +193,9 @@ def main(arguments: list[str] | None = None) -> None:
             for dtype in args.dtypes:
                 print(f"{size} {dtype} ...", file=sys.stderr, flush=True)
                 problem = Problem(config, dtype, args.batch, Path(folder), args.mae_path)
-                rows += measure(problem, size, names, args.modes, args.rounds, args.warmup)
+                found = measure(problem, size, names, args.modes, args.rounds, args.warmup)
+                print(tables({"rows": found})["peers"], file=sys.stderr, flush=True)
+                rows += found
     stored = report.store("peers", rows, args)
     print("\n\n".join([*tables(stored).values(), *judge(rows)]))
     if args.plot:

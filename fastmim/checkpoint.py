@@ -17,6 +17,7 @@ from fastmim.errors import CheckpointError
 from fastmim.manifest import EMA_WEIGHTS, WEIGHTS
 from fastmim.provenance import source_commit
 from fastmim.ranks import Ranks
+from fastmim.split_adamw import Master, SplitAdamW
 
 _TAG = "deepspeed"
 
@@ -198,7 +199,7 @@ def fitted_buffers(module: nn.Module) -> dict[str, Tensor]:
 def full_parameter(engine: DeepSpeedEngine, parameter: Tensor) -> Tensor:
     """The whole float32 value of a parameter that ZeRO may have sharded; all ranks call it."""
     full = safe_get_full_fp32_param(parameter)
-    return _own_master(engine, parameter) if full is None else full
+    return _own_master(engine, parameter).detach() if full is None else full
 
 
 def _set_full_parameter(engine: DeepSpeedEngine, parameter: Tensor, value: Tensor) -> None:
@@ -209,23 +210,20 @@ def _set_full_parameter(engine: DeepSpeedEngine, parameter: Tensor, value: Tenso
             _own_master(engine, parameter).copy_(value)
 
 
-def _own_master(engine: DeepSpeedEngine, parameter: Tensor) -> Tensor:
-    """Without ZeRO: the float32 copy that a 16-bit optimiser keeps, or the parameter itself."""
-    masters = getattr(engine.optimizer, "fp32_groups", None)
-    if masters is None:
-        return parameter
-    pairs = zip(engine.optimizer.fp16_groups, masters, strict=True)
-    return next(m for low, high in pairs for p, m in zip(low, high, strict=True) if p is parameter)
+def _own_master(engine: DeepSpeedEngine, parameter: Tensor) -> Tensor | Master:
+    """Without ZeRO: what a 16-bit optimiser has of it, or the parameter itself."""
+    optimizer = engine.optimizer
+    return optimizer.masters.get(parameter, parameter) if isinstance(optimizer, SplitAdamW) else parameter
 
 
-def master_tensors(engine: DeepSpeedEngine) -> list[Tensor]:
+def master_tensors(engine: DeepSpeedEngine) -> list[Tensor | Master]:
     """This rank's float32 masters: shards under ZeRO, whole parameters without."""
     optimizer = engine.optimizer
     for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
         if hasattr(optimizer, name):
             return list(getattr(optimizer, name))
-    if hasattr(optimizer, "fp32_groups"):
-        return [master for group in optimizer.fp32_groups for master in group]
+    if isinstance(optimizer, SplitAdamW):
+        return list(optimizer.masters.values())
     return list(engine.module.parameters())
 
 

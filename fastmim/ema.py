@@ -1,10 +1,12 @@
 """An exponential moving average of the weights, kept in float32 and sharded as the optimiser's masters are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from fastmim.split_adamw import Master
 
 
 class EMA:
@@ -15,7 +17,7 @@ class EMA:
         decay: weight of the past per step.
     """
 
-    def __init__(self, masters: list[Tensor], decay: float):
+    def __init__(self, masters: Sequence[Tensor | Master], decay: float):
         self.masters = masters
         self.decay = decay
         self.averages = [master.detach().clone() for master in masters]
@@ -43,5 +45,5 @@ class EMA:
     def _exchange(self) -> None:
         for master, average in zip(self.masters, self.averages, strict=True):
             held = master.detach().clone()
-            master.detach().copy_(average)
+            master.copy_(average)
             average.copy_(held)

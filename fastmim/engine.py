@@ -13,8 +13,9 @@ from torch import nn
 from fastmim.config import Config
 from fastmim.deepspeed_fragment import BUCKET_SIZE, offloads_optimizer, stage_in_effect
 from fastmim.errors import ConfigError
-from fastmim.optim import GuardedAdamW, MasterAdamW, parameter_groups
+from fastmim.optim import GuardedAdamW, parameter_groups
 from fastmim.ranks import Ranks, cores_per_rank
+from fastmim.split_adamw import SplitAdamW
 
 
 def deepspeed_config(config: Config, precision: str, micro_batch: int) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def build_engine(
     # DeepSpeed's own 16-bit optimiser without ZeRO counts a step more than it made, and its plain path lets bad
     # gradients through.
     if stage == 0:
-        # Where the optimiser's copies belong; ZeRO makes its own, after DeepSpeed has moved the parameters.
+        # Where the optimiser's state belongs; ZeRO makes its own, after DeepSpeed has moved the parameters.
         objective.to(Ranks().device)
         completed["gradient_clipping"] = 0.0  # the optimiser clips
         completed.pop("zero_optimization", None)
@@ -103,7 +104,8 @@ def build_engine(
     if stage == 0 and precision == "bf16":
         for parameter in objective.parameters():
             parameter.data = parameter.data.bfloat16()
-        optimizer = MasterAdamW(groups, config.optim.clip_grad, sum_in_float32=alone, **options)
+        several = alone and config.optim.accumulation > 1
+        optimizer = SplitAdamW(groups, config.optim.clip_grad, sum_in_float32=several, **options)
     elif stage == 0:
         optimizer = GuardedAdamW(groups, config.optim.clip_grad, **options)
     elif offloads_optimizer(config.deepspeed):

@@ -13,6 +13,7 @@ from fastmim.config import Config
 from fastmim.deepspeed_fragment import BUCKET_SIZE, offloads_optimizer, stage_in_effect
 from fastmim.errors import ConfigError
 from fastmim.objectives import build_objective
+from fastmim.split_adamw import CHUNKS
 
 ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of a number."""
@@ -37,9 +38,9 @@ class Memory:
     buckets: int
     """Where gradients are put together to be summed over the ranks."""
     optimiser: int
-    """Float32 copies of the parameters, and AdamW's two moments."""
+    """Float32 copies of the parameters, or what bfloat16 lacks of them, and AdamW's two moments."""
     update: int
-    """Float32 gradients, while the optimiser runs."""
+    """Float32 gradients, and values that are not kept, while the optimiser runs."""
     activations: int
     """What the forward pass keeps for the backward pass."""
     recomputed: int
@@ -95,19 +96,24 @@ def predict_memory(
     item, stage = ITEM[precision], stage_in_effect(config.deepspeed, precision, world_size)
     count, shards = sum(sizes), world_size if stage else 1
     whole = sum(size for size in sizes if size <= _PERSISTENT)
-    # Parameters in float32 are their own copies, unless ZeRO shards the copies.
-    copies = 4 if precision != "fp32" or stage else 0
+    split = stage == 0 and precision == "bf16"
+    # Parameters in float32 are their own copies, unless ZeRO shards the copies; bfloat16 is one half of them.
+    copies = 2 if split else 4 if precision != "fp32" or stage else 0
     offloads = not on_cpu and offloads_optimizer(config.deepspeed)
-    # One rank without ZeRO moves 16-bit gradients into float32 ones as each is ready.
-    moved = world_size == 1 and stage == 0 and precision == "bf16"
+    # One rank sums the gradients of several backward passes in float32.
+    summed = split and world_size == 1 and config.optim.accumulation > 1
+    if split:
+        update = 8 * min(count, CHUNKS["cpu" if on_cpu else "cuda"])
+    else:
+        update = 0 if offloads or precision == "fp32" else 4 * count // shards
     activations, recomputed = _activations(config, item, world_size, fused_loss, whole=not on_cpu)
     return Memory(
         parameters=(count // world_size + whole if stage == 3 else count) * item,
         gathered=min(count - whole, _LIVE_PARAMETERS) * item if stage == 3 else 0,
-        gradients=count // shards * (4 if moved else item),
+        gradients=count // shards * (4 if summed else item),
         buckets=_bucket(config, count, world_size, stage, on_cpu) * item,
         optimiser=0 if offloads else (8 + copies) * count // shards,
-        update=0 if offloads or moved or precision == "fp32" else 4 * count // shards,
+        update=update,
         activations=activations,
         recomputed=recomputed,
     )

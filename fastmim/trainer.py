@@ -34,6 +34,7 @@ from fastmim.profiling import start_profiler
 from fastmim.ranks import Ranks
 from fastmim.reconstruct import open_sheet
 from fastmim.signals import StopSignals
+from fastmim.split_adamw import SplitAdamW
 from fastmim.window import Window, peak_memory_bytes
 
 logger = logging.getLogger("fastmim")
@@ -202,7 +203,7 @@ class Trainer:
             self.window.add_losses(losses)
             samples.append(batch.samples)
         optimizer = self.engine.optimizer
-        guarded = isinstance(optimizer, GuardedAdamW)
+        guarded = isinstance(optimizer, GuardedAdamW | SplitAdamW)
         skipped = optimizer.found_inf if guarded else float(getattr(optimizer, "overflow", False))
         self.window.add_step(skipped)
         if self.ema is not None:
@@ -271,7 +272,7 @@ class Trainer:
 
     def _gradient_norm(self) -> float | None:
         norm = self.engine.get_global_grad_norm()
-        if norm is None and isinstance(self.engine.optimizer, GuardedAdamW):
+        if norm is None and isinstance(self.engine.optimizer, GuardedAdamW | SplitAdamW):
             norm = self.engine.optimizer.grad_norm
         norm = None if norm is None else float(norm)
         return norm if norm is not None and 0 <= norm < float("inf") else None

@@ -1,6 +1,5 @@
 """Learning rates, decay groups, and steps that must not happen."""
 
-import copy
 import math
 
 import pytest
@@ -9,7 +8,7 @@ from torch import nn
 
 from fastmim.config import OptimConfig
 from fastmim.objectives import build_objective
-from fastmim.optim import GuardedAdamW, MasterAdamW, learning_rate, parameter_groups
+from fastmim.optim import GuardedAdamW, learning_rate, parameter_groups
 
 
 def test_learning_rate_warms_up_then_follows_a_cosine():
@@ -73,76 +72,3 @@ def test_a_finite_gradient_steps_as_adamw_does():
     norm = torch.cat([parameter.grad.flatten() for parameter in theirs.parameters()]).norm()
     assert optimizers[0].grad_norm == pytest.approx(norm.item(), rel=1e-5)
     torch.testing.assert_close(ours.weight, theirs.weight)
-
-
-def adamw_in_float64(parameter, gradients, lr, decay, betas=(0.9, 0.95), eps=1e-8):
-    """Loshchilov and Hutter's algorithm 2, one tensor."""
-    parameter, mean, square = parameter.double(), 0.0, 0.0
-    for step, gradient in enumerate(gradients, 1):
-        gradient = gradient.double()
-        mean = betas[0] * mean + (1 - betas[0]) * gradient
-        square = betas[1] * square + (1 - betas[1]) * gradient**2
-        direction = (mean / (1 - betas[0] ** step)) / ((square / (1 - betas[1] ** step)).sqrt() + eps)
-        parameter = parameter - lr * (direction + decay * parameter)
-    return parameter
-
-
-def sixteen_bit_problem(steps):
-    torch.manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(shape).bfloat16()) for shape in [(5, 3), (7,)]]
-    groups = [
-        {"params": parameters[:1], "weight_decay": 0.1},
-        {"params": parameters[1:], "weight_decay": 0.0},
-    ]
-    gradients = [[torch.randn_like(parameter) for parameter in parameters] for _ in range(steps)]
-    return parameters, MasterAdamW(groups, lr=1e-4, betas=(0.9, 0.95)), gradients
-
-
-def take_steps(parameters, optimizer, gradients):
-    for step in gradients:
-        for parameter, gradient in zip(parameters, step, strict=True):
-            parameter.grad = gradient.clone()
-        optimizer.step()
-
-
-def test_sixteen_bit_parameters_follow_their_masters():
-    parameters, optimizer, gradients = sixteen_bit_problem(20)
-    starts = [parameter.detach().clone() for parameter in parameters]
-    take_steps(parameters, optimizer, gradients)
-    for i, decay in enumerate((0.1, 0.0)):
-        wanted = adamw_in_float64(starts[i], [step[i] for step in gradients], 1e-4, decay)
-        (master,) = optimizer.fp32_groups[i]
-        torch.testing.assert_close(master.detach().double(), wanted, rtol=1e-6, atol=1e-7)
-        assert torch.equal(parameters[i], master.bfloat16()) and parameters[i].grad is None
-        # Steps this small would vanish in sixteen bits.
-        assert not torch.equal(master, master.bfloat16().float())
-    norm = torch.cat([gradient.double().flatten() for gradient in gradients[-1]]).norm()
-    assert optimizer.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
-
-
-def test_masters_are_stored_whole_and_bad_steps_leave_them():
-    parameters, optimizer, gradients = sixteen_bit_problem(6)
-    take_steps(parameters, optimizer, gradients[:3])
-    stored = copy.deepcopy(optimizer.state_dict())
-    others, resumed, _ = sixteen_bit_problem(0)
-    resumed.load_state_dict(stored)
-    gradients[3][0][1, 1] = math.nan
-    take_steps(parameters, optimizer, gradients[3:])
-    take_steps(others, resumed, gradients[4:])
-    for ours, theirs in zip(
-        (*optimizer.fp32_groups, parameters), (*resumed.fp32_groups, others), strict=True
-    ):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-def test_gradients_of_several_passes_are_summed_in_float32():
-    parameter = nn.Parameter(torch.zeros(3).bfloat16())
-    optimizer = MasterAdamW([{"params": [parameter]}], lr=0.0, sum_in_float32=True)
-    # Beside 256, bf16 has no 257.
-    for gradient in (256.0, 1.0, 1.0):
-        (parameter * gradient).sum().backward()
-        assert parameter.grad is None
-    (master,) = optimizer.fp32_groups[0]
-    assert master.grad.tolist() == [258.0] * 3
-    optimizer.step()
-    assert master.grad is None and optimizer.grad_norm.item() == pytest.approx(258 * 3**0.5)

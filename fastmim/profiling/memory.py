@@ -24,6 +24,7 @@ def held_bytes(engine: DeepSpeedEngine, device: torch.device) -> dict[str, int]:
     optimizer: Any = engine.optimizer
     parameters = list(module.parameters())
     plain = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed wraps all but plain float32
+    flats = getattr(plain, "flats", [])  # of SplitAdamW
     stepped = [parameter for group in plain.param_groups for parameter in group["params"]]
     found = {
         "parameters": [*parameters, *_tensors([getattr(p, "ds_tensor", None) for p in parameters])],
@@ -33,7 +34,7 @@ def held_bytes(engine: DeepSpeedEngine, device: torch.device) -> dict[str, int]:
             *_tensors([getattr(parameter, "grad_accum", None) for parameter in parameters]),
             *_tensors([value for name, value in vars(optimizer).items() if "grad" in name]),
         ],
-        "optimiser": [*master_tensors(engine), *stepped, *_tensors(list(plain.state.values()))],
+        "optimiser": list(_tensors([master_tensors(engine), stepped, list(plain.state.values()), flats])),
     }
     seen: set[int] = set()
     return {kind: _count(tensors, device, seen) for kind, tensors in found.items()}

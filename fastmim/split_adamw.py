@@ -1,0 +1,270 @@
+"""AdamW for bfloat16 parameters: of each float32 value, the parameter is one half, and the optimiser keeps the other.
+
+A float32 number is the nearest one that bfloat16 has, which is its upper 16 bits, or those and one, and its lower 16
+bits, which say which: 2 + 2 bytes hold what a float32 copy beside the parameter holds in 2 + 4.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNKS = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Numbers that are updated at once: what a CPU's cache holds, what keeps a GPU busy."""
+
+
+def join(low: Tensor, rest: Tensor) -> Tensor:
+    """The float32 numbers, new, of two halves: bfloat16, and int16 of the same shape."""
+    bits = low.detach().view(torch.int16).int()
+    return torch.add(rest, bits, alpha=1 << 16).view(torch.float32)
+
+
+def split(value: Tensor, low: Tensor, rest: Tensor) -> None:
+    """Write float32 numbers as two halves, bfloat16 and int16 of the same shape. A tie is rounded away from zero."""
+    bits = value.view(torch.int32)
+    rest.copy_(bits)
+    low.detach().view(torch.int16).copy_((bits + (1 << 15)).bitwise_right_shift_(16))
+
+
+@dataclass(frozen=True)
+class Master:
+    """A parameter's float32 numbers in two halves; read and written as a tensor is."""
+
+    low: Tensor
+    rest: Tensor
+
+    def detach(self) -> Tensor:
+        """A new float32 tensor."""
+        return join(self.low, self.rest)
+
+    def copy_(self, value: Tensor) -> None:
+        """Take the numbers of a float32 tensor."""
+        split(value.detach().contiguous(), self.low, self.rest)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """What is kept of a group's numbers, parameter behind parameter."""
+
+    rest: Tensor  # int16
+    exp_avg: Tensor  # float32
+    exp_avg_sq: Tensor  # float32
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Numbers of one parameter."""
+
+    index: int  # of the parameter in its group
+    start: int
+    stop: int
+    whole: bool
+
+    def of(self, tensors: list[Tensor]) -> Tensor:
+        """These numbers in flat tensors, one for each parameter."""
+        flat = tensors[self.index]
+        return flat if self.whole else flat[self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Numbers of a group that are updated at once: pieces that lie one behind the other."""
+
+    begin: int
+    pieces: list[_Piece]
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """Numbers of each piece."""
+        return [piece.stop - piece.start for piece in self.pieces]
+
+    def of(self, room: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As much of a flat tensor, whole and by piece."""
+        part = room[: sum(self.sizes)]
+        return part, part.split(self.sizes)
+
+    def fill(self, room: Tensor, tensors: list[Tensor]) -> Tensor:
+        """Copy these numbers of flat tensors, one for each parameter, into a flat tensor; returns what they fill."""
+        part, pieces = self.of(room)
+        torch._foreach_copy_(pieces, [piece.of(tensors) for piece in self.pieces])
+        return part
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """What a step reads and writes of a group, flat."""
+
+    lows: list[Tensor]  # int16, the bits of each parameter
+    gradients: list[Tensor]  # None for a parameter without one
+    chunks: list[_Chunk]
+
+
+class SplitAdamW(torch.optim.Optimizer):
+    """AdamW on bfloat16 parameters, computed in float32; a gradient that is not finite changes nothing.
+
+    The arithmetic is that of `torch.optim.AdamW` on float32 copies, decided on the device. Kept are 12 bytes a number,
+    its parameter included. A step goes through the numbers in chunks, and only a chunk's are float32. Steps are counted
+    for all parameters at once; those without a gradient are left as they are.
+
+    Args:
+        params: parameter groups, of contiguous bfloat16 parameters on one device.
+        clip_grad: largest gradient norm; None does not clip.
+        sum_in_float32: gradients move into float32 sums as each is ready, for several backward passes. Not where
+            something else must find them on the parameters.
+        options: lr, betas, eps and weight_decay, as AdamW's; a group may have its own.
+
+    Attributes:
+        masters: of each parameter.
+        flats: what is kept of each group.
+        grad_norm: float32 scalar, the 2-norm of the last step's gradient before it was clipped.
+        found_inf: float32 scalar, 1 where the last step was skipped.
+
+    Raises:
+        ValueError: a parameter that is not contiguous bfloat16.
+    """
+
+    grad_norm: Tensor
+    found_inf: Tensor
+
+    def __init__(
+        self, params: list[dict], clip_grad: float | None = None, sum_in_float32: bool = False, **options: Any
+    ):
+        super().__init__(params, {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, **options})
+        self.clip_grad = clip_grad
+        self.masters: dict[Tensor, Master] = {}
+        self._gradient_sums: dict[Tensor, Tensor] = {}
+        self.flats = [self._lay_out(group["params"]) for group in self.param_groups]
+        device = self.param_groups[0]["params"][0].device
+        self._step = torch.zeros((), device=device)
+        self._chunk = CHUNKS["cpu" if device.type == "cpu" else "cuda"]
+        if sum_in_float32:
+            for parameter in self.masters:
+                parameter.register_post_accumulate_grad_hook(self._sum_gradient)
+
+    def _lay_out(self, parameters: list[Tensor]) -> Flat:
+        for parameter in parameters:
+            if parameter.dtype != torch.bfloat16 or not parameter.is_contiguous():
+                raise ValueError(
+                    f"a parameter {list(parameter.shape)} of {parameter.dtype} and strides {parameter.stride()}; "
+                    "expected contiguous torch.bfloat16"
+                )
+        count, device = sum(parameter.numel() for parameter in parameters), parameters[0].device
+        zeros = functools.partial(torch.zeros, count, device=device)
+        flat = Flat(zeros(dtype=torch.int16), zeros(dtype=torch.float32), zeros(dtype=torch.float32))
+        rests = flat.rest.split([parameter.numel() for parameter in parameters])
+        for parameter, rest in zip(parameters, rests, strict=True):
+            self.masters[parameter] = Master(parameter, rest.view_as(parameter))
+        return flat
+
+    def _sum_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if parameter in self._gradient_sums:
+            self._gradient_sums[parameter] += parameter.grad
+        else:
+            self._gradient_sums[parameter] = parameter.grad.float()
+        parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update the parameters, unless a gradient is infinite or not a number; gradients are used up."""
+        room = torch.empty(2, self._chunk, device=self._step.device)
+        work = [self._gather(group, flat) for group, flat in zip(self.param_groups, self.flats, strict=True)]
+        # Converted part by part, in the cache: in bfloat16 the norm itself would be rounded.
+        norms = [
+            torch.linalg.vector_norm(chunk.fill(room[0], tensors.gradients))
+            for tensors in work
+            for chunk in tensors.chunks
+        ]
+        self.grad_norm = torch.linalg.vector_norm(torch.stack(norms))
+        self.found_inf = (~self.grad_norm.isfinite()).float()
+        self._step += 1 - self.found_inf
+        for group, flat, tensors in zip(self.param_groups, self.flats, work, strict=True):
+            for chunk in tensors.chunks:
+                self._update(group, flat, tensors, chunk, room)
+        for parameter in self.masters:
+            parameter.grad = None
+
+    def _gather(self, group: dict, flat: Flat) -> _Tensors:
+        parameters = group["params"]
+        found = [self._gradient_sums.pop(parameter, parameter.grad) for parameter in parameters]
+        sizes = tuple(0 if gradient is None else gradient.numel() for gradient in found)
+        return _Tensors(
+            lows=[parameter.view(torch.int16).view(-1) for parameter in parameters],
+            gradients=[None if gradient is None else gradient.reshape(-1) for gradient in found],
+            chunks=_chunks(sizes, tuple(parameter.numel() for parameter in parameters), self._chunk),
+        )
+
+    def _update(self, group: dict, flat: Flat, tensors: _Tensors, chunk: _Chunk, room: Tensor) -> None:
+        """One chunk: join, AdamW, split."""
+        bits = chunk.fill(room[0].view(torch.int32), tensors.lows)
+        kept = slice(chunk.begin, chunk.begin + len(bits))
+        scratch = room[1, : len(bits)].view(torch.int32)
+        torch.add(scratch.copy_(flat.rest[kept]), bits, alpha=1 << 16, out=bits)
+        gradient = chunk.fill(room[1], tensors.gradients)
+        if self.clip_grad is not None:
+            gradient *= (self.clip_grad / (self.grad_norm + 1e-6)).clamp(max=1)
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_(
+            [bits.view(torch.float32)],
+            [gradient],
+            [flat.exp_avg[kept]],
+            [flat.exp_avg_sq[kept]],
+            [],
+            [self._step],
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            found_inf=self.found_inf,
+        )
+        flat.rest[kept].copy_(bits)
+        bits.add_(1 << 15).bitwise_right_shift_(16)
+        torch._foreach_copy_([piece.of(tensors.lows) for piece in chunk.pieces], bits.split(chunk.sizes))
+
+    def state_dict(self) -> dict:
+        """What is kept beside the parameters, which are the other half of their masters."""
+        flats = [vars(flat) for flat in self.flats]
+        groups = [{key: group[key] for key in group if key != "params"} for group in self.param_groups]
+        return {"step": self._step, "flats": flats, "param_groups": groups}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take what `state_dict` gave."""
+        self._step.copy_(state_dict["step"])
+        for flat, stored in zip(self.flats, state_dict["flats"], strict=True):
+            for name, tensor in vars(flat).items():
+                tensor.copy_(stored[name])
+        for group, stored in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(stored)
+
+
+@functools.lru_cache
+def _chunks(sizes: tuple[int, ...], lengths: tuple[int, ...], most: int) -> list[_Chunk]:
+    """Chunks of a group, of at most so many numbers.
+
+    Args:
+        sizes: of each parameter's gradient, 0 without one.
+        lengths: of each parameter.
+        most: numbers of a chunk.
+    """
+    chunks: list[_Chunk] = []
+    left = begin = 0
+    for index, (size, length) in enumerate(zip(sizes, lengths, strict=True)):
+        if not size:
+            left = 0
+        done = 0
+        while done < size:
+            if not left:
+                chunks.append(_Chunk(begin + done, []))
+                left = most
+            stop = min(size, done + left)
+            chunks[-1].pieces.append(_Piece(index, done, stop, whole=stop - done == size))
+            left -= stop - done
+            done = stop
+        begin += length
+    return chunks

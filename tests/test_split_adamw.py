@@ -1,0 +1,137 @@
+"""AdamW in two halves: against float64, stored and taken up, and steps that must not happen."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fastmim import split_adamw
+from fastmim.split_adamw import SplitAdamW, join, split
+
+SHAPES = [(5, 3), (40,), (7,)]
+DECAYS = [0.1, 0.1, 0.0]
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1))
+def test_two_halves_are_the_whole(numbers):
+    value = torch.tensor(numbers)
+    low, rest = torch.empty(len(numbers), dtype=torch.bfloat16), torch.empty(len(numbers), dtype=torch.int16)
+    split(value.clone(), low, rest)
+    assert torch.equal(join(low, rest).view(torch.int32), value.view(torch.int32))
+    tie = value.view(torch.int32) & 0xFFFF == 0x8000
+    assert torch.equal(low[~tie], value.bfloat16()[~tie])
+
+
+def adamw_in_float64(parameter, gradients, lr, decay, betas=(0.9, 0.95), eps=1e-8):
+    """Loshchilov and Hutter's algorithm 2, one tensor."""
+    parameter, mean, square = parameter.double(), 0.0, 0.0
+    for step, gradient in enumerate(gradients, 1):
+        gradient = gradient.double()
+        mean = betas[0] * mean + (1 - betas[0]) * gradient
+        square = betas[1] * square + (1 - betas[1]) * gradient**2
+        direction = (mean / (1 - betas[0] ** step)) / ((square / (1 - betas[1] ** step)).sqrt() + eps)
+        parameter = parameter - lr * (direction + decay * parameter)
+    return parameter
+
+
+def problem(steps, **options):
+    """Parameters of two groups, their optimiser, and gradients of so many steps."""
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape).bfloat16()) for shape in SHAPES]
+    groups = [
+        {"params": parameters[:2], "weight_decay": DECAYS[0]},
+        {"params": parameters[2:], "weight_decay": DECAYS[2]},
+    ]
+    gradients = [[torch.randn_like(parameter) for parameter in parameters] for _ in range(steps)]
+    return parameters, SplitAdamW(groups, lr=1e-4, betas=(0.9, 0.95), **options), gradients
+
+
+def take_steps(parameters, optimizer, gradients):
+    for step in gradients:
+        for parameter, gradient in zip(parameters, step, strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+        optimizer.step()
+
+
+def norm_of(gradients):
+    return torch.cat([gradient.double().flatten() for gradient in gradients]).norm().item()
+
+
+@pytest.mark.parametrize("chunk", [4, 16, 1 << 10])
+@pytest.mark.parametrize("clip", [None, 2.0])
+def test_steps_are_those_of_float32(monkeypatch, chunk, clip):
+    monkeypatch.setitem(split_adamw.CHUNKS, "cpu", chunk)
+    parameters, optimizer, gradients = problem(20, clip_grad=clip)
+    starts = [parameter.detach().clone() for parameter in parameters]
+    take_steps(parameters, optimizer, gradients)
+    scales = [1.0 if clip is None else min(1.0, clip / norm_of(step)) for step in gradients]
+    assert clip is None or max(scales) < 1
+    for i, parameter in enumerate(parameters):
+        scaled = [step[i].double() * scale for step, scale in zip(gradients, scales, strict=True)]
+        master = optimizer.masters[parameter].detach()
+        wanted = adamw_in_float64(starts[i], scaled, 1e-4, DECAYS[i])
+        torch.testing.assert_close(master.double(), wanted, rtol=2e-6, atol=1e-7)
+        assert torch.equal(parameter, master.bfloat16()) and parameter.grad is None
+        # Steps this small would vanish in sixteen bits.
+        assert not torch.equal(master, master.bfloat16().float())
+    assert optimizer.grad_norm.item() == pytest.approx(norm_of(gradients[-1]), rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [4, 1 << 10])
+def test_a_parameter_without_a_gradient_stays(monkeypatch, chunk):
+    monkeypatch.setitem(split_adamw.CHUNKS, "cpu", chunk)
+    parameters, optimizer, gradients = problem(3)
+    start = parameters[0].detach().clone()
+    take_steps(parameters, optimizer, [[None, *step[1:]] for step in gradients])
+    assert torch.equal(optimizer.masters[parameters[0]].detach(), start.float())
+    wanted = adamw_in_float64(problem(0)[0][1].detach(), [step[1] for step in gradients], 1e-4, DECAYS[1])
+    torch.testing.assert_close(
+        optimizer.masters[parameters[1]].detach().double(), wanted, rtol=2e-6, atol=1e-7
+    )
+
+
+def test_what_is_stored_goes_on_the_same_and_bad_steps_change_nothing():
+    parameters, optimizer, gradients = problem(6)
+    take_steps(parameters, optimizer, gradients[:3])
+    stored = copy.deepcopy(optimizer.state_dict())
+    others, resumed, _ = problem(0)
+    resumed.load_state_dict(stored)
+    with torch.no_grad():
+        for other, parameter in zip(others, parameters, strict=True):
+            other.copy_(parameter)
+    gradients[3][0][1, 1] = math.nan
+    take_steps(parameters, optimizer, gradients[3:4])
+    assert optimizer.found_inf == 1
+    take_steps(parameters, optimizer, gradients[4:])
+    assert optimizer.found_inf == 0
+    take_steps(others, resumed, gradients[4:])
+    for parameter, other in zip(parameters, others, strict=True):
+        assert torch.equal(parameter, other)
+        assert torch.equal(optimizer.masters[parameter].detach(), resumed.masters[other].detach())
+
+
+def test_gradients_of_several_passes_are_summed_in_float32():
+    parameter = nn.Parameter(torch.zeros(3).bfloat16())
+    optimizer = SplitAdamW([{"params": [parameter]}], lr=0.0, sum_in_float32=True)
+    # Beside 256, bf16 has no 257.
+    for gradient in (256.0, 1.0, 1.0):
+        (parameter * gradient).sum().backward()
+        assert parameter.grad is None
+    optimizer.step()
+    assert optimizer.grad_norm.item() == pytest.approx(258 * 3**0.5)
+    (parameter * 2).sum().backward()
+    optimizer.step()
+    assert optimizer.grad_norm.item() == pytest.approx(2 * 3**0.5)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "told"),
+    [(torch.zeros(2, 3), "float32"), (torch.zeros(2, 3).bfloat16().t(), r"strides \(1, 3\)")],
+)
+def test_other_parameters_are_refused(tensor, told):
+    with pytest.raises(ValueError, match=told):
+        SplitAdamW([{"params": [nn.Parameter(tensor)]}], lr=1.0)
