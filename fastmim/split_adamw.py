@@ -138,7 +138,8 @@ class SplitAdamW(torch.optim.Optimizer):
         self.flats = [self._lay_out(group["params"]) for group in self.param_groups]
         device = self.param_groups[0]["params"][0].device
         self._step = torch.zeros((), device=device)
-        self._chunk = CHUNKS["cpu" if device.type == "cpu" else "cuda"]
+        largest = max(flat.rest.numel() for flat in self.flats)
+        self._chunk = min(largest, CHUNKS["cpu" if device.type == "cpu" else "cuda"])
         if sum_in_float32:
             for parameter in self.masters:
                 parameter.register_post_accumulate_grad_hook(self._sum_gradient)

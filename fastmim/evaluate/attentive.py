@@ -12,6 +12,7 @@ from fastmim.evaluate.config import AttentiveConfig
 from fastmim.evaluate.features import FeatureExtractor, regroup
 from fastmim.evaluate.job import Job
 from fastmim.evaluate.labels import LabelledImages
+from fastmim.evaluate.resume import State
 from fastmim.evaluate.scores import Outcome
 from fastmim.evaluate.sweep import accuracy_of, outcome_of_best, steps_in_epoch, with_chooser
 from fastmim.optim import learning_rate
@@ -31,7 +32,7 @@ def evaluate_attentive(job: Job) -> Outcome:
     """
     extractor, config = FeatureExtractor.of(job), job.config
     train, chooser = with_chooser(job.train, config)
-    heads, losses = train_attentive(extractor, train, config)
+    heads, losses = train_attentive(extractor, train, config, State(job, "attentive"))
     tried = []
     if chooser is not None:
         tried = [accuracy_of(logits, chooser) for logits in _logits(heads, extractor.centre_parts(chooser))]
@@ -100,9 +101,15 @@ class AttentiveHead(nn.Module):
 
 
 def train_attentive(
-    extractor: FeatureExtractor, train: LabelledImages, config: AttentiveConfig
+    extractor: FeatureExtractor, train: LabelledImages, config: AttentiveConfig, state: State | None = None
 ) -> tuple[list[AttentiveHead], list[float]]:
     """Train a query and a head for each learning rate on the same views.
+
+    Args:
+        extractor: of the views' features.
+        train: what to train on.
+        config: of the protocol.
+        state: where each finished epoch is kept, and what it goes on from; without it nothing is kept.
 
     Returns:
         The heads, for evaluation, and their mean losses in the last epoch.
@@ -124,7 +131,14 @@ def train_attentive(
     spans = {"epochs": config.epochs, "warmup_epochs": config.warmup_epochs}
     schedule = OptimConfig.model_validate({"blr": 1.0, "batch_size": 256, **spans})
     total = torch.zeros(len(heads), device=extractor.device)
-    for epoch in range(config.epochs):
+    first = 0
+    if state is not None and (found := state.load()) is not None:
+        for head, stored in zip(heads, found["heads"], strict=True):
+            head.load_state_dict(stored)
+        optimizer.load_state_dict(found["optimizer"])
+        total.copy_(found["total"])
+        first = found["epoch"]
+    for epoch in range(first, config.epochs):
         total.zero_()
         for head in heads:
             head.norm.reset_running_stats()
@@ -137,6 +151,9 @@ def train_attentive(
             losses.sum().backward()
             optimizer.step()
             total += losses.detach()
+        if state is not None:
+            kept = {"heads": [head.state_dict() for head in heads], "optimizer": optimizer.state_dict()}
+            state.save({"epoch": epoch + 1, "total": total, **kept})
     return [head.eval() for head in heads], (total / steps).tolist()
 
 

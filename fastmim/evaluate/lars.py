@@ -16,6 +16,9 @@ class Lars:
         weight_decay: of matrices, before the rescaling.
         trust: the coefficient eta.
 
+    Attributes:
+        velocities: of each parameter, what a step adds to: with the parameters, all that the next one depends on.
+
     Source: You et al., "Large Batch Training of Convolutional Networks", 2017, algorithm 1, in the form that MoCo v3
         and MAE use: the learning rate multiplies the velocity, not the gradients that it is made of.
     """
@@ -29,17 +32,22 @@ class Lars:
     ):
         self.parameters, self.momentum = parameters, momentum
         self.weight_decay, self.trust = weight_decay, trust
-        self._velocities = [torch.zeros_like(parameter) for parameter in parameters]
+        self.velocities = [torch.zeros_like(parameter) for parameter in parameters]
 
     @torch.no_grad()
     def step(self, rates: Tensor) -> None:
         """Update every parameter and clear its gradient; `rates` [H] are the learning rates of this step."""
-        for parameter, velocity in zip(self.parameters, self._velocities, strict=True):
+        for parameter, velocity in zip(self.parameters, self.velocities, strict=True):
             assert parameter.grad is not None, "a parameter without a gradient"
             update = self._rescaled(parameter, parameter.grad) if parameter.ndim > 2 else parameter.grad
             velocity.mul_(self.momentum).add_(update)
             parameter.sub_(velocity * _beside(rates, parameter))
             parameter.grad = None
+
+    def load_velocities(self, velocities: list[Tensor]) -> None:
+        """Take up where an optimiser with these velocities stopped."""
+        for velocity, stored in zip(self.velocities, velocities, strict=True):
+            velocity.copy_(stored)
 
     def _rescaled(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         update = gradient + self.weight_decay * parameter

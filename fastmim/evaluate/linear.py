@@ -14,6 +14,7 @@ from fastmim.evaluate.job import Job
 from fastmim.evaluate.labels import LabelledImages
 from fastmim.evaluate.lars import Lars
 from fastmim.evaluate.logistic import LogisticRegression, fit_logistic
+from fastmim.evaluate.resume import State
 from fastmim.evaluate.scores import Outcome
 from fastmim.evaluate.sweep import accuracy_of, outcome_of_best, steps_in_epoch, with_chooser
 from fastmim.optim import learning_rate
@@ -31,8 +32,10 @@ def evaluate_linear(job: Job) -> Outcome:
     Raises:
         ConfigError: fewer training images than a step takes.
     """
-    solve = _evaluate_lars if job.config.solver == "lars" else evaluate_exact
-    return solve(FeatureExtractor.of(job), job.train, job.test, job.config)
+    extractor = FeatureExtractor.of(job)
+    if job.config.solver == "exact":
+        return evaluate_exact(extractor, job.train, job.test, job.config)
+    return _evaluate_lars(extractor, job)
 
 
 class Heads(nn.Module):
@@ -62,9 +65,15 @@ class Heads(nn.Module):
 
 
 def train_heads(
-    extractor: FeatureExtractor, train: LabelledImages, config: LinearConfig
+    extractor: FeatureExtractor, train: LabelledImages, config: LinearConfig, state: State | None = None
 ) -> tuple[Heads, list[float]]:
     """Train a head for each learning rate on the same views.
+
+    Args:
+        extractor: of the views' features.
+        train: what to train on.
+        config: of the protocol.
+        state: where each finished epoch is kept, and what it goes on from; without it nothing is kept.
 
     Returns:
         The heads, for evaluation, and their mean losses in the last epoch.
@@ -78,7 +87,13 @@ def train_heads(
     spans = {"epochs": config.epochs, "warmup_epochs": config.warmup_epochs}
     schedule = OptimConfig.model_validate({"blr": 1.0, "batch_size": 256, **spans})
     total = torch.zeros(len(config.blr), device=device)
-    for epoch in range(config.epochs):
+    first = 0
+    if state is not None and (found := state.load()) is not None:
+        heads.load_state_dict(found["heads"])
+        lars.load_velocities(found["velocities"])
+        total.copy_(found["total"])
+        first = found["epoch"]
+    for epoch in range(first, config.epochs):
         total.zero_()
         batches = regroup(extractor.epoch(train, epoch, config), config.batch_size)
         for step, (features, labels) in enumerate(batches):
@@ -88,14 +103,16 @@ def train_heads(
             losses.sum().backward()
             lars.step(peaks * learning_rate(schedule, epoch + step / steps))
             total += losses.detach()
+        if state is not None:
+            kept = {"heads": heads.state_dict(), "velocities": lars.velocities, "total": total}
+            state.save({"epoch": epoch + 1, **kept})
     return heads.eval(), (total / steps).tolist()
 
 
-def _evaluate_lars(
-    extractor: FeatureExtractor, train: LabelledImages, test: LabelledImages, config: LinearConfig
-) -> Outcome:
-    train, chooser = with_chooser(train, config)
-    heads, losses = train_heads(extractor, train, config)
+def _evaluate_lars(extractor: FeatureExtractor, job: Job) -> Outcome:
+    config, test = job.config, job.test
+    train, chooser = with_chooser(job.train, config)
+    heads, losses = train_heads(extractor, train, config, State(job, "linear"))
     with torch.no_grad():
         tried = []
         if chooser is not None:

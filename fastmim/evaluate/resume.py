@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,35 @@ import torch
 
 from fastmim.errors import CheckpointError
 from fastmim.evaluate.identity import difference
+from fastmim.evaluate.job import Job
 
 _SUFFIX = ".unfinished"
 _UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError)
+
+
+@dataclass(frozen=True)
+class State:
+    """The file of a part of an evaluation, which is the same on every rank.
+
+    Args:
+        job: the evaluation.
+        name: of its part.
+    """
+
+    job: Job
+    name: str
+
+    def load(self) -> dict[str, Any] | None:
+        """What was saved, on every rank; None where there is nothing."""
+        job = self.job
+        return job.ranks.share(
+            job.ranks.run_on_first(lambda: load_state(job.folder, self.name, job.identity))
+        )
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the file, from the first rank."""
+        if self.job.ranks.first:
+            save_state(self.job.folder, self.name, self.job.identity, state)
 
 
 def save_state(folder: Path, name: str, identity: dict[str, Any], state: dict[str, Any]) -> None:

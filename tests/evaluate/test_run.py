@@ -70,6 +70,33 @@ def test_separable_classes_are_told_apart_and_again_alike(command, tmp_path, cap
     assert told | {"seconds": 0} == again | {"seconds": 0}
 
 
+SGD = ["lr=[0.01,0.4]", "batch_size=6", "epochs=4", "warmup_epochs=1", "scale=[0.5,1]"]
+
+
+@pytest.mark.parametrize("protocol, words", [("linear", [*LARS, "epochs=4"]), ("attentive", SGD)])
+def test_a_stopped_training_goes_on_to_the_same_numbers(command, tmp_path, monkeypatch, protocol, words):
+    assert command(protocol, *words) == 0
+    views, epochs = FeatureExtractor.epoch, []
+
+    def stopping(self, images, epoch, config):
+        if epochs == [0, 1]:
+            epochs.append("stopped")
+            raise KeyboardInterrupt
+        epochs.append(epoch)
+        return views(self, images, epoch, config)
+
+    monkeypatch.setattr(FeatureExtractor, "epoch", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        command(protocol, *words, out="stopped")
+    assert [path.name for path in (tmp_path / "stopped").glob("*.unfinished")] == [f"{protocol}.unfinished"]
+    assert command(protocol, *words, "seed=1", out="stopped") == 2  # it is of another evaluation
+    assert command(protocol, *words, out="stopped") == 0
+    assert epochs == [0, 1, "stopped", 2, 3]
+    assert not list((tmp_path / "stopped").glob("*.unfinished"))
+    once, resumed = result(tmp_path), result(tmp_path, "stopped")
+    assert once | {"seconds": 0} == resumed | {"seconds": 0}
+
+
 def test_a_sweep_is_decided_by_validation_images(command, tmp_path):
     assert command("linear", "solver=exact", "l2=[1000,0.01]", "validation=0.2") == 0
     rows = result(tmp_path)["sweep"]

@@ -19,7 +19,7 @@ from fastmim.evaluate.detect.batches import Target, jittered_crops, training_bat
 from fastmim.evaluate.detect.config import DetectConfig
 from fastmim.evaluate.detect.model import Detector
 from fastmim.evaluate.job import Job
-from fastmim.evaluate.resume import load_state, save_state
+from fastmim.evaluate.resume import State
 from fastmim.kernels.philox import STREAM_DROP, philox_4x32
 from fastmim.metrics import drop_records_after
 from fastmim.optim import GuardedAdamW
@@ -53,7 +53,8 @@ def train_detector(model: Detector, job: Job) -> dict[str, float | None]:
         lr=config.lr,
         betas=config.betas,
     )
-    found = ranks.share(ranks.run_on_first(lambda: load_state(job.folder, STATE, job.identity)))
+    kept = State(job, STATE)
+    found = kept.load()
     first, losses = 0, {}
     if found is not None:
         model.load_state_dict(found["model"], strict=False)
@@ -81,7 +82,7 @@ def train_detector(model: Detector, job: Job) -> dict[str, float | None]:
             # First: records of epochs after the saved one are dropped, and a saved epoch without its record lacks it.
             with records.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            save_state(job.folder, STATE, job.identity, state)
+            kept.save(state)
 
         ranks.run_on_first(save)
     model.eval()

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from fastmim.errors import ConfigError
 from fastmim.evaluate.classifier import layer_decay_groups
 from fastmim.evaluate.job import Job
-from fastmim.evaluate.resume import load_state, save_state
+from fastmim.evaluate.resume import State
 from fastmim.evaluate.segment.batches import paired_batches, training_crops
 from fastmim.evaluate.segment.config import SegmentConfig
 from fastmim.evaluate.segment.heads import segmentation_loss
@@ -54,7 +54,8 @@ def train_segmenter(model: Segmenter, job: Job) -> list[float]:
     groups = layer_decay_groups(model, config.weight_decay, config.layer_decay)
     optimizer = GuardedAdamW(groups, lr=config.lr, betas=_BETAS)
     losses = torch.full((total,), torch.nan, device=ranks.device)
-    found = ranks.share(ranks.run_on_first(lambda: load_state(job.folder, STATE, job.identity)))
+    kept = State(job, STATE)
+    found = kept.load()
     first = 0 if found is None else _restore(found, model, optimizer, losses)
     network: nn.Module = model
     if ranks.world_size > 1:
@@ -81,7 +82,7 @@ def train_segmenter(model: Segmenter, job: Job) -> list[float]:
         due = time.monotonic() - saved_at >= 60 * config.save_minutes
         if ranks.first and (due or step + 1 == total):
             state = {"step": step + 1, "losses": losses, "optimizer": optimizer.state_dict()}
-            save_state(job.folder, STATE, job.identity, state | {"model": _trained(model)})
+            kept.save(state | {"model": _trained(model)})
             saved_at = time.monotonic()
     model.eval()
     return losses.tolist()
