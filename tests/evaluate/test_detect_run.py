@@ -10,10 +10,11 @@ from PIL import Image
 from benchmarks.shapes import KINDS, draw_shapes
 from fastmim import recipes
 from fastmim.cli import main
-from fastmim.evaluate.detect import coco, run, training
+from fastmim.evaluate.detect import coco, run
 from fastmim.evaluate.detect.coco import FIGURES
 from fastmim.evaluate.detect.config import DetectConfig
 from fastmim.evaluate.encoder import load_encoder
+from fastmim.evaluate.resume import State
 
 WORDS = [
     "head=faster_rcnn",
@@ -98,7 +99,7 @@ def test_training_lowers_the_loss(command, tmp_path):
 def test_a_stopped_evaluation_goes_on_to_the_same_numbers(command, tmp_path, monkeypatch):
     words = ["epochs=3", "pictures=0"]
     assert command(*words) == 0
-    save, saved = training.save_state, []
+    save, saved = State.save, []
 
     def stopping(*arguments):
         save(*arguments)
@@ -106,7 +107,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_numbers(command, tmp_path, mon
         if len(saved) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "save_state", stopping)
+    monkeypatch.setattr(State, "save", stopping)
     with pytest.raises(KeyboardInterrupt):
         command(*words, out="stopped")
     with (tmp_path / "stopped" / "metrics.jsonl").open("a") as file:
