@@ -74,11 +74,16 @@ def encoder_modules(config: Config, patches: int, tokens: int, learned: bool = T
     return {"patch_embed": embedding, "encoder": Flops.of(blocks, gradients=2 if learned else 0)}
 
 
-def decoder_flops(config: Config, latents: int) -> int:
-    """MAE's decoder of this many encoder outputs, without a head: all positions and cls go through its blocks."""
-    objective, patches = config.objective, config.grid[0] * config.grid[1]
-    embed = linear_flops(latents, config.model.width, objective.decoder_width)
-    return embed + objective.decoder_depth * block_flops(1 + patches, objective.decoder_width)
+def decoder_flops(config: Config, latents: int, asked: int) -> int:
+    """MAE's decoder of this many encoder outputs, without a head.
+
+    All positions and cls go through its blocks, but for the last one's MLP, which sees the patches that are asked for.
+    """
+    objective, left_out = config.objective, 1 + config.grid[0] * config.grid[1] - asked
+    width = objective.decoder_width
+    embed = linear_flops(latents, config.model.width, width)
+    blocks = objective.decoder_depth * block_flops(asked + left_out, width)
+    return embed + blocks - 2 * linear_flops(left_out, width, 4 * width)
 
 
 def peak_flops(device_name: str, precision: str, given_tflops: float | None = None) -> float | None:

@@ -128,16 +128,20 @@ def _bucket(config: Config, count: int, world_size: int, stage: int, on_cpu: boo
     return min(size, count) if on_cpu else size
 
 
-def block_bytes(images: int, tokens: int, width: int, mlp_ratio: float, item: int, whole: bool) -> int:
+def block_bytes(
+    images: int, tokens: int, width: int, mlp_ratio: float, item: int, whole: bool, asked: int | None = None
+) -> int:
     """What a pre-norm block keeps of a micro-batch: the inputs of its norms, GELU and attention.
 
     As a `whole` also the inputs of its linears, results of norms and GELU: a block that is computed again, or on CUDA.
+    Its MLP runs on the tokens that are `asked` for, all unless given.
     """
-    row = images * tokens * width * item
-    # Two residual sums; queries, keys, values and what attention makes of them; before GELU.
-    kept = row * (2 + 4 + mlp_ratio) + 2 * images * tokens * 2 * 4
+    asked = tokens if asked is None else asked
+    row = images * width * item
+    # The sum before attention; queries, keys, values and what it makes of them. The sum before the MLP; before GELU.
+    kept = row * (tokens * (1 + 4) + asked * (1 + mlp_ratio)) + images * (tokens + asked) * 2 * 4
     if whole:
-        kept += row * (2 + mlp_ratio)
+        kept += row * (tokens + asked * (1 + mlp_ratio))
     return int(kept)
 
 
@@ -152,15 +156,18 @@ def _activations(
     seen = 1 + (patches if objective.mask_token_in_encoder else kept)
     encoder = images, seen, model.width, model.mlp_ratio, item
     decoder = images, 1 + patches, objective.decoder_width, 4.0, item
-    blocks = [(encoder, model.depth), (decoder, objective.decoder_depth)]
+    # The decoder's last MLP runs on the removed patches.
+    blocks = [(encoder, model.depth, None), (decoder, 1, removed)]
+    if objective.decoder_depth > 1:
+        blocks.append((decoder, objective.decoder_depth - 1, None))
     total = images * kept * length * item  # gathered patches, the input of their embedding
     recomputed = 0
-    for shape, depth in blocks:
+    for shape, depth, asked in blocks:
         if config.train.activation_checkpointing:
             total += depth * shape[0] * shape[1] * shape[2] * item
-            recomputed = max(recomputed, block_bytes(*shape, whole=True))
+            recomputed = max(recomputed, block_bytes(*shape, whole=True, asked=asked))
         else:
-            total += depth * block_bytes(*shape, whole=whole)
+            total += depth * block_bytes(*shape, whole=whole, asked=asked)
     # The last norms: the encoder's input and output, which the decoder's embedding reads; the decoder's, of the
     # removed patches only, with their indices.
     total += 2 * images * seen * model.width * item

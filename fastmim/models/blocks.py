@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
-from fastmim.kernels import _dispatch, add_layer_norm, bias_gelu
+from fastmim.kernels import _dispatch, add_layer_norm, bias_gelu, gather_tokens
 from fastmim.models.attention import Attention
 from fastmim.models.recompute import kept_instead, recompute
 
@@ -103,17 +103,30 @@ class Block(timm_vit.Block):
             attn_layer=_attention_class(attention),
         )
 
-    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x, branch [B, N, D], summands of the block's input -> two of its output, what the MLP added last."""
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The block's output in two summands, what the MLP added last.
+
+        Args:
+            x, branch: [B, N, D], summands of the input.
+            ids: int64 [B, M], the patches that are asked for, behind the cls token; the MLP runs on them alone.
+
+        Returns:
+            Two of [B, N, D], or [B, M, D] where `ids` ask for them.
+        """
         normed, x = self.norm1(x, branch)
         branch = self.drop_path1(self.attn(normed, self.norm1.keep_sum(normed, x)))
-        normed, x = self.norm2(x, branch)
+        if ids is None:
+            normed, x = self.norm2(x, branch)
+        else:
+            normed, x = self.norm2(gather_tokens(x + branch, ids, offset=1))
         with self.norm2.keep_sum(normed, x):
             return x, self.drop_path2(self.mlp(normed))
 
-    def closed(self, x: Tensor) -> Tensor:
-        """The block's input to its output, both [B, N, D]."""
-        x, branch = self(x)
+    def closed(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """The block's input [B, N, D] to its output, of the patches `ids` alone where they are given."""
+        x, branch = self(x, None, ids)
         return x + branch
 
 
@@ -151,18 +164,30 @@ class Blocks(nn.Module):
         """Compile each block; equal blocks share one compiled graph, but for the first, which adds no branch."""
         compile_each(self.layers)
 
-    def forward(self, x: Tensor, every_layer: bool = False) -> Tensor | list[Tensor]:
-        """x [B, N, D] -> [B, N, D]; the output of each block where `every_layer`."""
+    def forward(
+        self, x: Tensor, every_layer: bool = False, ids: Tensor | None = None
+    ) -> Tensor | list[Tensor]:
+        """Through all blocks.
+
+        Args:
+            x: [B, N, D].
+            every_layer: the output of each block is asked for.
+            ids: int64 [B, M], the patches whose output is asked for, behind the cls token; all tokens unless given.
+
+        Returns:
+            [B, N, D], or [B, M, D] of `ids`; where `every_layer` one for each block.
+        """
+        asked = [None] * (len(self.layers) - 1) + [ids]
         if every_layer or (self.checkpointing and torch.is_grad_enabled()):
             outputs = []
-            for layer in self.layers:
+            for layer, its in zip(self.layers, asked, strict=True):
                 # Added up, since a block's input is what is stored: one tensor, not its two summands.
-                x = recompute(layer.closed, x) if self.checkpointing else layer.closed(x)
+                x = recompute(layer.closed, x, its) if self.checkpointing else layer.closed(x, its)
                 outputs.append(x)
             return outputs if every_layer else x
         branch = None
-        for layer in self.layers:
-            x, branch = layer(x, branch)
+        for layer, its in zip(self.layers, asked, strict=True):
+            x, branch = layer(x, branch, its)
         return x if branch is None else x + branch
 
 

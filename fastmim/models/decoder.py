@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.config import Config
-from fastmim.kernels import gather_tokens, unshuffle
+from fastmim.kernels import unshuffle
 from fastmim.models.blocks import Blocks, LayerNorm, init_weights
 from fastmim.models.position import sincos_positions
 
 
 class MAEDecoder(nn.Module):
-    """Self-attention over kept and mask tokens; the last norm runs on removed patches only.
+    """Self-attention over kept and mask tokens; the last MLP and norm run on the patches that are asked for only.
 
     Args:
         config: of the run; `objective`, `model` and `data` are read.
@@ -59,5 +59,4 @@ class MAEDecoder(nn.Module):
             if self.mask_token is None
             else unshuffle(x, self.mask_token, positions, ids_restore)
         )
-        x = gather_tokens(self.blocks(x), ids, offset=1)
-        return self.norm(x)
+        return self.norm(self.blocks(x, ids=ids))

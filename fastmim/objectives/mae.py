@@ -69,7 +69,7 @@ class MAE(Objective):
             block = cross_block_flops(self.predicted, width, tokens, model.width)
             decoder = objective.decoder_depth * (mix + block)
         else:
-            decoder = decoder_flops(config, tokens)
+            decoder = decoder_flops(config, tokens, self.predicted)
         head = Flops.of(self.head.flops(self.predicted))
         return {**encoder_modules(config, keep, tokens), "decoder": Flops.of(decoder), "head": head}
 

@@ -44,5 +44,6 @@ class Siamese(Objective):
         return self._branch_modules(self.patches - self.sampler.keep, decoder, learned)
 
     def _branch_modules(self, seen: int, decoder: str, learned: bool) -> dict[str, Flops]:
-        decoding = Flops.of(decoder_flops(self.config, 1 + seen), gradients=2 if learned else 0)
+        asked = self.patches - self.sampler.keep
+        decoding = Flops.of(decoder_flops(self.config, 1 + seen, asked), gradients=2 if learned else 0)
         return {**encoder_modules(self.config, seen, 1 + seen, learned), decoder: decoding}

@@ -46,11 +46,11 @@ def timm_blocks(width, depth, heads):
     return nn.Sequential(*layers)
 
 
-def results(blocks, x, grad, dtype):
+def results(blocks, x, grad, dtype, forward=lambda blocks, x: blocks(x)):
     """Output, gradient of the input and of every parameter."""
     blocks = copy.deepcopy(blocks).to(dtype)
     x = x.detach().to(dtype).requires_grad_()
-    out = blocks(x)
+    out = forward(blocks, x)
     out.backward(grad.to(dtype))
     return [out.detach(), x.grad, *(parameter.grad for parameter in blocks.parameters())]
 
@@ -89,6 +89,21 @@ def test_with_kernels_they_are_timms_within_float32(launched, checkpointing):
     assert launched.count("_add_layer_norm_backward_kernel") == norms
     assert launched.count("_bias_gelu_forward_kernel") == 3 * 2
     assert launched.count("_bias_gelu_backward_kernel") == 3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_patches_that_are_asked_for_are_those_of_all(checkpointing):
+    ours, theirs, x, _ = setup(checkpointing)
+    ids, grad = torch.tensor([[4, 0, 5], [1, 3, 2]]), torch.randn(2, 3, 32)  # behind a cls token
+    rows = (ids + 1)[..., None].expand(-1, -1, 32)
+    found = results(ours, x, grad, torch.float64, lambda blocks, x: blocks(x, ids=ids))
+    wanted = results(theirs, x, grad, torch.float64, lambda blocks, x: blocks(x).gather(1, rows))
+    for actual, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(actual, expected)
+    hidden = []
+    ours.layers[-1].mlp.fc2.register_forward_hook(lambda _, args, out: hidden.append(args[0].shape[1]))
+    ours(x, ids=ids)
+    assert hidden == [3]
 
 
 @torch.no_grad()
