@@ -39,7 +39,7 @@ VARIANTS = {
 PAPER = {("large", VISIBLE): 2.8, ("large", SHALLOW): 3.7, ("huge", VISIBLE): 3.5, ("huge", SHALLOW): 4.1}
 """Speed-ups of MAE's Table 2: 800 epochs on 128 TPU-v3 cores."""
 BATCHES = {"base": 16, "large": 16, "huge": 8}
-"""Images in a step: the costliest variant stays below 16 GB, and its step below a minute of two cores."""
+"""Images in a step; `fastmim.memory` predicts up to 11 GB for the costliest variant."""
 MAIN_RATIO = 0.75
 TARGET = 0.95
 """Speed-up over FLOP ratio that is aimed at for ViT-B and ViT-L."""

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmim.errors import CheckpointError
+
 CHUNKS = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Numbers that are updated at once: what a CPU's cache holds, what keeps a GPU busy."""
 
@@ -80,15 +82,10 @@ class _Chunk:
         """Numbers of each piece."""
         return [piece.stop - piece.start for piece in self.pieces]
 
-    def of(self, room: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """As much of a flat tensor, whole and by piece."""
-        part = room[: sum(self.sizes)]
-        return part, part.split(self.sizes)
-
     def fill(self, room: Tensor, tensors: list[Tensor]) -> Tensor:
         """Copy these numbers of flat tensors, one for each parameter, into a flat tensor; returns what they fill."""
-        part, pieces = self.of(room)
-        torch._foreach_copy_(pieces, [piece.of(tensors) for piece in self.pieces])
+        part = room[: sum(self.sizes)]
+        torch._foreach_copy_(part.split(self.sizes), [piece.of(tensors) for piece in self.pieces])
         return part
 
 
@@ -97,7 +94,7 @@ class _Tensors:
     """What a step reads and writes of a group, flat."""
 
     lows: list[Tensor]  # int16, the bits of each parameter
-    gradients: list[Tensor]  # None for a parameter without one
+    gradients: list[Any]  # each a Tensor, or None for a parameter without one, of which no chunk has a piece
     chunks: list[_Chunk]
 
 
@@ -235,7 +232,16 @@ class SplitAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take what `state_dict` gave."""
+        """Take what `state_dict` gave; the parameters, the other half, have to be those of the same moment.
+
+        Raises:
+            CheckpointError: the state of another optimiser, as earlier versions had.
+        """
+        if wanted := {"step", "flats", "param_groups"} - state_dict.keys():
+            raise CheckpointError(
+                f"the checkpoint's optimiser has {', '.join(sorted(state_dict))}; expected also "
+                f"{', '.join(sorted(wanted))}: it was written by another version"
+            )
         self._step.copy_(state_dict["step"])
         for flat, stored in zip(self.flats, state_dict["flats"], strict=True):
             for name, tensor in vars(flat).items():

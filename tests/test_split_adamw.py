@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastmim import split_adamw
+from fastmim.errors import CheckpointError
 from fastmim.split_adamw import SplitAdamW, join, split
 
 SHAPES = [(5, 3), (40,), (7,)]
@@ -135,3 +136,9 @@ def test_gradients_of_several_passes_are_summed_in_float32():
 def test_other_parameters_are_refused(tensor, told):
     with pytest.raises(ValueError, match=told):
         SplitAdamW([{"params": [nn.Parameter(tensor)]}], lr=1.0)
+
+
+def test_the_state_of_another_optimiser_is_refused():
+    _, optimizer, _ = problem(0)
+    with pytest.raises(CheckpointError, match="has masters, param_groups, state; expected also flats, step"):
+        optimizer.load_state_dict({"state": {}, "param_groups": [], "masters": []})
