@@ -179,9 +179,9 @@ CONTENDERS: dict[str, Callable[[Problem], Step]] = {
     "facebookresearch/mae": published,
 }
 IMPORTS = {
-    fastmim: "fastmim.engine",
-    transformers: "transformers.models.vit_mae.modeling_vit_mae",
-    lightly: "benchmarks.peers_lightly",
-    published: "benchmarks.peers_published",
+    fastmim: ("fastmim.engine", "torch.utils.cpp_extension"),  # DeepSpeed asks it for a compiler
+    transformers: ("transformers.models.vit_mae.modeling_vit_mae",),
+    lightly: ("benchmarks.peers_lightly",),
+    published: ("benchmarks.peers_published",),
 }
 """What each imports when it is built: a worker does it before, so that it does not count as memory."""

@@ -24,13 +24,13 @@ class Worker:
     Args:
         build: a module's function, called in the process.
         args: of `build`.
-        imports: a module that `build` imports; what it holds is not counted as memory.
+        imports: modules that `build` imports; what they hold is not counted as memory, nor what compilers hold.
 
     Raises:
         RuntimeError: from every method, what went wrong in the process.
     """
 
-    def __init__(self, build: Build, *args: Any, imports: str = "torch"):
+    def __init__(self, build: Build, *args: Any, imports: tuple[str, ...] = ()):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, build, args, imports), daemon=True)
@@ -73,9 +73,9 @@ class Worker:
         return answer
 
 
-def _serve(pipe: Connection, build: Build, args: tuple, imports: str) -> None:
-    importlib.import_module(imports)
-    importlib.import_module("torch._dynamo")
+def _serve(pipe: Connection, build: Build, args: tuple, imports: tuple[str, ...]) -> None:
+    for name in ("torch._inductor.compile_fx", *imports):
+        importlib.import_module(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     memory = PeakMemory(device)
     step = None

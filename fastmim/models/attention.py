@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmim.errors import ConfigError
-from fastmim.models.matmul_attention import matmul_attention
+from fastmim.models.matmul_attention import matmul_attention, matmul_self_attention
 
 logger = logging.getLogger("fastmim")
 
@@ -73,6 +73,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+def self_attend(qkv: Tensor, backend: str) -> Tensor:
+    """As `attend`, of queries, keys and values in one tensor [B, N, 3, heads, d]."""
+    return matmul_self_attention(qkv) if backend == "matmul" else attend(*qkv.unbind(2), backend)
+
+
 @torch.compiler.disable
 def _xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from xformers.ops import memory_efficient_attention  # heavy, and needed on CUDA only
@@ -113,4 +118,4 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         with nullcontext() if keeping is None else keeping:
             qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        return self.proj(attend(*qkv.unbind(2), self.backend).reshape(batch, tokens, dim))
+        return self.proj(self_attend(qkv, self.backend).reshape(batch, tokens, dim))

@@ -26,57 +26,75 @@ def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _MatmulAttention.apply(q, k, v)
 
 
+def matmul_self_attention(qkv: Tensor) -> Tensor:
+    """As `matmul_attention` of qkv [B, N, 3, heads, d], whose gradient is one tensor too: nothing is put together."""
+    if torch.compiler.is_compiling():
+        return matmul_attention(*qkv.unbind(2))
+    return _MatmulAttention.apply(qkv)
+
+
 class _MatmulAttention(torch.autograd.Function):
-    """Keeps queries, keys and values, a matrix for each head of each image."""
+    """Keeps queries, keys and values as they are given, in three tensors or one; copies matrices of a few images."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        images, _, ctx.heads, dim = q.shape
-        ctx.scale = dim**-0.5
-        q, k, v = (_matrices(x) for x in (q, k, v))
-        ctx.save_for_backward(q, k, v)
-        out = torch.empty_like(q)
-        for part in _parts(q, k, ctx.heads):
-            torch.bmm(_probabilities(q[part], k[part], ctx.scale), v[part], out=out[part])
-        return _tokens(out, images)
+    def forward(ctx, *given: Tensor) -> Tensor:
+        ctx.save_for_backward(*given)
+        q, k, v = _split(given)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for part in _parts(q, k):
+            mq, mk, mv = (_matrices(x[part]) for x in (q, k, v))
+            out[part] = _tokens(_probabilities(mq, mk) @ mv, q)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = ctx.saved_tensors
-        images, grad = len(grad), _matrices(grad)
-        grads = grad_q, grad_k, grad_v = [torch.empty_like(x) for x in (q, k, v)]
-        for part in _parts(q, k, ctx.heads):
-            probabilities = _probabilities(q[part], k[part], ctx.scale)
-            torch.bmm(probabilities.transpose(1, 2), grad[part], out=grad_v[part])
-            scores = torch.bmm(grad[part], v[part].transpose(1, 2))
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        given = ctx.saved_tensors
+        q, k, v = _split(given)
+        grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in given)
+        grad_q, grad_k, grad_v = _split(grads)
+        scale = _scale(q)
+        for part in _parts(q, k):
+            mq, mk, mv, mgrad = (_matrices(x[part]) for x in (q, k, v, grad))
+            probabilities = _probabilities(mq, mk)
+            grad_v[part] = _tokens(probabilities.transpose(1, 2) @ mgrad, v)
+            scores = mgrad @ mv.transpose(1, 2)
             scores = torch._softmax_backward_data(scores, probabilities, -1, scores.dtype)
-            _scaled_product(scores, k[part], ctx.scale, grad_q[part])
-            _scaled_product(scores.transpose(1, 2), q[part], ctx.scale, grad_k[part])
-        return tuple(_tokens(x, images) for x in grads)
+            grad_q[part] = _tokens(_scaled_product(scores, mk, scale), q)
+            grad_k[part] = _tokens(_scaled_product(scores.transpose(1, 2), mq, scale), k)
+        return grads
 
 
-def _parts(q: Tensor, k: Tensor, heads: int) -> Iterator[slice]:
-    """Matrices of whole images whose scores are `SCORES_BYTES`, at least of one; all of them on a GPU."""
-    image = heads * q.shape[1] * k.shape[1] * q.element_size()
-    step = heads * max(1, SCORES_BYTES // image) if q.device.type == "cpu" else len(q)
+def _split(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Queries, keys and values, [B, N, heads, d] each."""
+    return given[0].unbind(2) if len(given) == 1 else given
+
+
+def _parts(q: Tensor, k: Tensor) -> Iterator[slice]:
+    """Images whose scores are `SCORES_BYTES`, at least one; all of them on a GPU."""
+    image = q.shape[2] * q.shape[1] * k.shape[1] * q.element_size()
+    step = max(1, SCORES_BYTES // image) if q.device.type == "cpu" else len(q)
     return (slice(start, start + step) for start in range(0, len(q), step))
 
 
 def _matrices(x: Tensor) -> Tensor:
-    """[B, N, heads, d] -> [B * heads, N, d], whose matrices are contiguous."""
+    """[b, N, heads, d] -> [b * heads, N, d], whose matrices are contiguous."""
     return x.transpose(1, 2).contiguous().flatten(0, 1)
 
 
-def _tokens(x: Tensor, images: int) -> Tensor:
-    """[B * heads, N, d] -> [B, N, heads, d], a view."""
-    return x.unflatten(0, (images, -1)).transpose(1, 2)
+def _tokens(x: Tensor, like: Tensor) -> Tensor:
+    """[b * heads, N, d] -> [b, N, heads, d], a view; `like` has so many heads."""
+    return x.unflatten(0, (-1, like.shape[2])).transpose(1, 2)
 
 
-def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    return _scaled_product(q, k.transpose(1, 2), scale).softmax(-1)
+def _scale(q: Tensor) -> float:
+    return q.shape[-1] ** -0.5
 
 
-def _scaled_product(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor) -> Tensor:
+    return _scaled_product(q, k.transpose(1, 2), _scale(q)).softmax(-1)
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale a b, scaled before it is rounded."""
-    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale, out=out)
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)

@@ -45,12 +45,30 @@ def test_backends_compute_attention_and_its_gradient(monkeypatch, backend, dtype
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=tolerance, atol=tolerance)
 
 
-def test_products_keep_no_scores():
-    inputs = [torch.randn(2, 37, 3, 16, requires_grad=True) for _ in range(3)]
-    saved = []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_take_queries_keys_and_values_in_one_tensor(monkeypatch, dtype):
+    torch.manual_seed(0)
+    monkeypatch.setattr(matmul_attention, "SCORES_BYTES", 2 * 3 * 37 * 37 * dtype.itemsize)
+    exact = torch.randn(5, 37, 3, 3, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 37, 3, 16, dtype=torch.float64)
+    got = exact.detach().to(dtype).requires_grad_()
+    want, have = exact_attention(*exact.unbind(2)), matmul_attention.matmul_self_attention(got)
+    (want * weight).sum().backward()
+    (have.double() * weight).sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(have.double(), want, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_products_keep_no_scores(packed):
+    qkv, saved = torch.randn(2, 37, 3, 3, 16, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
-        attend(*inputs, "matmul")
-    assert sum(saved) == sum(x.numel() for x in inputs)
+        if packed:
+            matmul_attention.matmul_self_attention(qkv)
+        else:
+            attend(*qkv.unbind(2), "matmul")
+    assert sum(saved) == qkv.numel()
 
 
 def test_module_has_timms_parameters_and_result():
