@@ -73,8 +73,8 @@ class StoredFeatures:
     def __init__(self, sets: tuple[LabelledImages, ...], compute: Callable[[LabelledImages], Tensor]):
         self._tables = {images.index.fingerprint: _table(images, compute(images).cpu()) for images in sets}
 
-    def centre(self, images: LabelledImages) -> Tensor:
-        """Features of some of the images, float32 [n, D]."""
+    def centre(self, images: LabelledImages, name: str | None = None) -> Tensor:
+        """Features of some of the images, float32 [n, D], whatever they are called."""
         places, features = self._tables[images.index.fingerprint]
         return features[torch.from_numpy(places[images.rows])]
 

@@ -69,6 +69,8 @@ def decode(index: Index, config: DataConfig, plan: Plan, size: int, device: torc
     Raises:
         DataError: one cannot be decoded: a result without it would be that of another set.
     """
+    if not len(plan):
+        return
     config, device = config.model_copy(update={"color_jitter": None}), exact_device(device)
     parts = [plan.take(slice(first, first + size)) for first in range(0, len(plan), size)]
     ahead = min(_AHEAD, len(parts))

@@ -14,6 +14,7 @@ from fastmim.evaluate.batches import centre_plan, decode, random_plan
 from fastmim.evaluate.config import ProtocolConfig, ViewsConfig
 from fastmim.evaluate.job import Job
 from fastmim.evaluate.labels import LabelledImages
+from fastmim.evaluate.resume import keep_rows
 from fastmim.evaluate.shards import gather_batches, own_batches
 from fastmim.masking import Mask, mask_from_order
 from fastmim.models import Encoder
@@ -28,17 +29,17 @@ class FeatureExtractor:
         encoder: in evaluation mode; it stays as it is.
         config: that the encoder was trained with; what its images are.
         protocol: pool, center, images_at_once, precision and seed are read.
-        ranks: this process among all; alone unless given.
+        job: the evaluation that asks, whose ranks share the work and whose folder keeps it; this process alone, and
+            nothing is kept, unless given.
 
     Attributes:
         width: of a feature.
         device: where the features are.
     """
 
-    def __init__(
-        self, encoder: Encoder, config: Config, protocol: ProtocolConfig, ranks: Ranks | None = None
-    ):
-        self.protocol, self._data, self._ranks = protocol, config.data, ranks or Ranks()
+    def __init__(self, encoder: Encoder, config: Config, protocol: ProtocolConfig, job: Job | None = None):
+        self.protocol, self._data, self._job = protocol, config.data, job
+        self._ranks = Ranks() if job is None else job.ranks
         bf16 = choose_precision(protocol.precision, encoder.cls_token.device) == "bf16"
         self._encoder = _in_bf16(encoder) if bf16 else encoder
         self.device, self._grid = encoder.cls_token.device, config.grid
@@ -47,16 +48,25 @@ class FeatureExtractor:
     @classmethod
     def of(cls, job: Job) -> "FeatureExtractor":
         """The features that a protocol's images have."""
-        return cls(job.encoder, job.trained, job.config, job.ranks)
+        return cls(job.encoder, job.trained, job.config, job)
 
-    def centre(self, images: LabelledImages) -> Tensor:
-        """Features of centre crops, float32 [n, width], in the order of the images."""
-        return torch.cat(list(self.centre_parts(images)))
+    def centre(self, images: LabelledImages, name: str | None = None) -> Tensor:
+        """Features of centre crops, float32 [n, width], in the order of the images.
 
-    def centre_parts(self, images: LabelledImages) -> Iterator[Tensor]:
-        """As `centre`, [b, width] at a time; [b, patches, width] where the protocol pools nothing."""
+        Args:
+            images: what to look at.
+            name: of these images in the job, which keeps their features under it until its result is there: stopped,
+                it goes on with the next image. Without one nothing is kept.
+        """
+        if self._job is None or name is None:
+            return torch.cat(list(self.centre_parts(images)))
+        parts = keep_rows(self._job, name, lambda first: self.centre_parts(images, first))
+        return torch.cat([part.to(self.device) for part in parts])
+
+    def centre_parts(self, images: LabelledImages, first: int = 0) -> Iterator[Tensor]:
+        """As `centre`, [b, width] at a time from image `first`; [b, patches, width] where nothing is pooled."""
         plan = centre_plan(images.index, images.rows, self._data, self.protocol.center)
-        return self._features(images, plan)
+        return self._features(images, plan.take(slice(first, None)))
 
     def epoch(
         self, images: LabelledImages, epoch: int, views: ViewsConfig

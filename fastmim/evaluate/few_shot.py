@@ -22,8 +22,8 @@ def evaluate_few_shot(job: Job) -> Outcome:
     # Only drawn images are decoded, once each: of a large set they are few.
     used = np.unique(np.concatenate(drawn))
     extractor = FeatureExtractor.of(job)
-    features = extractor.centre(train.take(used))
-    asked, labels = extractor.centre(test), torch.from_numpy(test.labels)
+    features = extractor.centre(train.take(used), "train")
+    asked, labels = extractor.centre(test, "test"), torch.from_numpy(test.labels)
     outcomes, rows = [], []
     for places in drawn:
         shots = features[torch.from_numpy(np.searchsorted(used, places)).to(features.device)]

@@ -29,7 +29,10 @@ def ask_neighbours(
     """As `evaluate_knn`, by an extractor's features."""
     if config.k > len(train):
         raise ConfigError(f"k={config.k}; expected at most the {len(train)} training images")
-    keys, queries = (F.normalize(extractor.centre(images), dim=1) for images in (train, test))
+    keys, queries = (
+        F.normalize(extractor.centre(images, name), dim=1)
+        for images, name in ((train, "train"), (test, "test"))
+    )
     labels = torch.from_numpy(train.labels).to(keys.device)
     classes = len(train.class_names)
     best = [

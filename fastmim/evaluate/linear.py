@@ -116,8 +116,10 @@ def _evaluate_lars(extractor: FeatureExtractor, job: Job) -> Outcome:
     with torch.no_grad():
         tried = []
         if chooser is not None:
-            tried = [accuracy_of(logits, chooser) for logits in heads(extractor.centre(chooser))]
-        logits = heads(extractor.centre(test))
+            tried = [
+                accuracy_of(logits, chooser) for logits in heads(extractor.centre(chooser, "validation"))
+            ]
+        logits = heads(extractor.centre(test, "test"))
     rows = [
         {"blr": blr, "train_loss": loss if math.isfinite(loss) else None}
         for blr, loss in zip(config.blr, losses, strict=True)
@@ -130,14 +132,15 @@ def evaluate_exact(
 ) -> Outcome:
     """As `evaluate_linear` with `solver=exact`, by an extractor's features."""
     train, chooser = with_chooser(train, config)
-    features, labels = extractor.centre(train), torch.from_numpy(train.labels).to(extractor.device)
+    features = extractor.centre(train, "train")
+    labels = torch.from_numpy(train.labels).to(extractor.device)
     classes = len(train.class_names)
     models = [fit_logistic(features, labels, classes, l2, config.max_iterations) for l2 in config.l2]
     tried = []
     if chooser is not None:
-        asked = extractor.centre(chooser)
+        asked = extractor.centre(chooser, "validation")
         tried = [accuracy_of(model(asked), chooser) for model in models]
-    features = extractor.centre(test)
+    features = extractor.centre(test, "test")
     rows = [{"l2": l2, **convergence(model)} for l2, model in zip(config.l2, models, strict=True)]
     return outcome_of_best(rows, tried, [model(features) for model in models], test)
 

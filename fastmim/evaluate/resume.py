@@ -2,17 +2,22 @@
 
 import os
 import pickle
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastmim.errors import CheckpointError
 from fastmim.evaluate.identity import difference
 from fastmim.evaluate.job import Job
 
 _SUFFIX = ".unfinished"
+_SECONDS = 60.0
+"""Of work that a file of rows holds, about: what is lost at most."""
 _UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError)
 
 
@@ -39,6 +44,31 @@ class State:
         """Replace the file, from the first rank."""
         if self.job.ranks.first:
             save_state(self.job.folder, self.name, self.job.identity, state)
+
+
+def keep_rows(job: Job, name: str, compute: Callable[[int], Iterator[Tensor]]) -> Iterator[Tensor]:
+    """Rows in their order: those that are kept, then the rest as they are computed, kept about once a minute.
+
+    Args:
+        job: the evaluation.
+        name: of the rows in it.
+        compute: yields the rows [b, ...] from a place on, the same on every rank.
+    """
+    count = number = 0
+    while (found := State(job, f"{name}-{number}").load()) is not None:
+        yield found["rows"]
+        count += len(found["rows"])
+        number += 1
+    fresh, since = [], time.monotonic()
+    for rows in compute(count):
+        yield rows
+        fresh.append(rows)
+        if time.monotonic() - since >= _SECONDS:
+            State(job, f"{name}-{number}").save({"rows": torch.cat(fresh)})
+            number += 1
+            fresh, since = [], time.monotonic()
+    if fresh:
+        State(job, f"{name}-{number}").save({"rows": torch.cat(fresh)})
 
 
 def save_state(folder: Path, name: str, identity: dict[str, Any], state: dict[str, Any]) -> None:

@@ -1,10 +1,14 @@
 """Files that a stopped evaluation leaves."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fastmim.errors import CheckpointError
-from fastmim.evaluate.resume import load_state, remove_states, save_state
+from fastmim.evaluate import resume
+from fastmim.evaluate.resume import keep_rows, load_state, remove_states, save_state
+from fastmim.ranks import Ranks
 
 
 def identity(**settings):
@@ -45,3 +49,27 @@ def test_states_of_other_evaluations_are_removed_by_force_and_all_at_the_end(tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "mine.unfinished"]
     remove_states(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
+
+
+def test_rows_are_kept_about_once_a_minute_and_all_at_the_end(tmp_path, monkeypatch):
+    job = SimpleNamespace(folder=tmp_path, identity=identity(), ranks=Ranks())
+    table, now, asked = torch.arange(22.0).view(11, 2), [0.0], []
+    monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
+
+    def compute(first):
+        asked.append(first)
+        for start in range(first, len(table), 2):
+            now[0] += 25
+            yield table[start : start + 2]
+
+    stopped = keep_rows(job, "train", compute)
+    assert [next(stopped).tolist() for _ in range(5)] == [rows.tolist() for rows in table.split(2)[:5]]
+    stopped.close()
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "train-0.unfinished"
+    ]  # of three; the others are lost
+    assert torch.equal(torch.cat(list(keep_rows(job, "train", compute))), table)
+    assert torch.equal(torch.cat(list(keep_rows(job, "train", compute))), table)
+    assert asked == [0, 6, 11]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"train-{number}.unfinished" for number in range(2)]

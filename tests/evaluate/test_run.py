@@ -1,6 +1,7 @@
 """`fastmim evaluate`, typed as a user types it, on pictures whose classes any encoder can tell apart."""
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -15,23 +16,26 @@ from safetensors.torch import load_file, save_file
 from fastmim.cli import main
 from fastmim.data.index import build_index
 from fastmim.data.loader import load_images
+from fastmim.evaluate import features, resume
 from fastmim.evaluate.config import KnnConfig
 from fastmim.evaluate.encoder import load_encoder
 from fastmim.evaluate.features import FeatureExtractor, pooled
 from fastmim.evaluate.labels import read_labelled
 from fastmim.masking import mask_from_order
+from tests.launching import SCRIPTS, environment
 
 
 @pytest.fixture
 def command(weights, train_folder, test_folder, tmp_path):
-    """Runs a protocol; returns the exit code. None leaves an option out."""
+    """Runs a protocol; returns the exit code, or with `run=False` the words. None leaves an option out."""
 
-    def run(protocol, *words, data=train_folder, test=test_folder, out="out", weights=weights):
+    def build(protocol, *words, data=train_folder, test=test_folder, out="out", weights=weights, run=True):
         options = {"--weights": weights, "--data": data, "--test": test, "--out": tmp_path / out}
         given = [str(word) for pair in options.items() if pair[1] is not None for word in pair]
-        return main(["evaluate", protocol, *given, *words])
+        words = ["evaluate", protocol, *given, *words]
+        return main(words) if run else words
 
-    return run
+    return build
 
 
 def result(tmp_path, out="out"):
@@ -95,6 +99,83 @@ def test_a_stopped_training_goes_on_to_the_same_numbers(command, tmp_path, monke
     assert not list((tmp_path / "stopped").glob("*.unfinished"))
     once, resumed = result(tmp_path), result(tmp_path, "stopped")
     assert once | {"seconds": 0} == resumed | {"seconds": 0}
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Images in each batch that was decoded for features, all kept at once; `stop(n)` is a Ctrl-C after n of them."""
+
+    class Batches(list):
+        last = None
+
+        def stop(self, batches):
+            self.clear()
+            self.last = batches
+
+    batches, decode = Batches(), features.decode
+
+    def counting(*args):
+        for batch in decode(*args):
+            if len(batches) == batches.last:
+                batches.last = None
+                raise KeyboardInterrupt
+            batches.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(features, "decode", counting)
+    monkeypatch.setattr(resume, "_SECONDS", 0.0)
+    return batches
+
+
+@pytest.mark.parametrize(
+    "protocol, words",
+    [
+        ("knn", ["k=5"]),
+        ("linear", ["solver=exact", "l2=[0.001,100]", "validation=0.2"]),
+        ("few_shot", ["shots=8", "draws=3"]),
+    ],
+)
+def test_features_are_kept_when_an_evaluation_is_stopped(command, tmp_path, decoded, protocol, words):
+    words = [*words, "images_at_once=5"]
+    assert command(protocol, *words) == 0
+    whole = list(decoded)
+    for stop in (2, len(whole) - 1):  # among training and test images
+        decoded.stop(stop)
+        with pytest.raises(KeyboardInterrupt):
+            command(protocol, *words, out=f"stopped{stop}")
+        assert len(list((tmp_path / f"stopped{stop}").glob("*.unfinished"))) == stop
+        assert command(protocol, *words, "seed=1", out=f"stopped{stop}") == 2  # it is of another evaluation
+        assert command(protocol, *words, out=f"stopped{stop}") == 0
+        assert decoded == whole, "an image was seen twice, or not at all"
+        assert not list((tmp_path / f"stopped{stop}").glob("*.unfinished"))
+        once, resumed = result(tmp_path), result(tmp_path, f"stopped{stop}")
+        assert once | {"seconds": 0} == resumed | {"seconds": 0}
+
+
+def test_two_ranks_go_on_with_the_features_of_one(command, tmp_path, decoded):
+    words = ["k=5", "images_at_once=4"]
+    assert command("knn", *words) == 0
+    decoded.stop(3)
+    with pytest.raises(KeyboardInterrupt):
+        command("knn", *words, out="stopped")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = [SCRIPTS / "deepspeed", "--num_gpus", "2", "--master_port", port, "--module", "fastmim.cli"]
+    done = subprocess.run(
+        [*launcher, *command("knn", *words, out="stopped", run=False)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0 and done.stdout.count("eval.json: top-1") == 1, done.stdout
+    one, two = result(tmp_path), result(tmp_path, "stopped")
+    assert two["versions"]["ranks"] == 2
+    assert one["top1"] == two["top1"] and one["per_class"] == two["per_class"]
+    assert not list((tmp_path / "stopped").glob("*.unfinished"))
 
 
 def test_a_sweep_is_decided_by_validation_images(command, tmp_path):
