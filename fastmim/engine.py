@@ -13,6 +13,7 @@ from torch import nn
 from fastmim.config import Config
 from fastmim.deepspeed_fragment import BUCKET_SIZE, offloads_optimizer, stage_in_effect
 from fastmim.errors import ConfigError
+from fastmim.heap import keep_heap
 from fastmim.optim import GuardedAdamW, parameter_groups
 from fastmim.ranks import Ranks, cores_per_rank
 from fastmim.split_adamw import SplitAdamW
@@ -58,7 +59,7 @@ def check_fragment(config: Config, precision: str, micro_batch: int) -> None:
 
 
 def start_distributed(ranks: Ranks) -> None:
-    """Join the ranks of the run: nccl on GPUs, gloo on CPUs."""
+    """Join the ranks of the run: nccl on GPUs, gloo on CPUs, where memory is kept from step to step."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if ranks.world_size == 1:
         os.environ.setdefault("MASTER_PORT", "0")
@@ -67,6 +68,8 @@ def start_distributed(ranks: Ranks) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
+    else:
+        keep_heap()
     deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
     ranks.open_host_group()
     if ranks.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
