@@ -48,12 +48,28 @@ def environment(**changes: str) -> dict[str, str]:
 
 def command(recipe: Path, *arguments: str, ranks: int = 1) -> list[str]:
     script = [str(ROOT / "launch.py"), "--config", str(recipe), *arguments]
-    if ranks == 1:
-        return [sys.executable, *script]
+    return [sys.executable, *script] if ranks == 1 else [*_launcher(ranks), *script]
+
+
+def run_command(words: list[str], ranks: int = 1, folder: Path | None = None) -> subprocess.CompletedProcess:
+    """`fastmim WORDS` to the end, in a folder."""
+    starter = [sys.executable, "-m"] if ranks == 1 else [*_launcher(ranks), "--module"]
+    return subprocess.run(
+        [*starter, "fastmim.cli", *words],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def _launcher(ranks: int) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [str(SCRIPTS / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port), *script]
+    return [str(SCRIPTS / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port)]
 
 
 def launch(recipe: Path, *arguments: str, ranks: int = 1, **env: str) -> subprocess.CompletedProcess:

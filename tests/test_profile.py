@@ -2,9 +2,6 @@
 
 import json
 import re
-import socket
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +14,7 @@ from fastmim.profiling import timeline as timeline_module
 from fastmim.profiling.instruments import instrumented
 from fastmim.profiling.memory import traced_peak
 from fastmim.profiling.timeline import Timeline
-from tests.launching import SCRIPTS, TINY_YAML, environment, write_images
+from tests.launching import TINY_YAML, run_command, write_images
 from tests.objectives.naive_mae import images_of
 
 
@@ -147,21 +144,7 @@ def profiled(tmp_path, *overrides, ranks=1):
     """What the command says, its figures and its trace, of real JPEGs."""
     write_images(tmp_path / "images", 8, suffix=".jpg")
     (tmp_path / "tiny.yaml").write_text(TINY_YAML)
-    starter = [sys.executable, "-m"]
-    if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        starter = [str(SCRIPTS / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, "--module"]
-    done = subprocess.run(
-        [*starter, "fastmim.cli", *arguments(tmp_path, *overrides)],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_command(arguments(tmp_path, *overrides), ranks, tmp_path)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "deep" / "figures.json").read_text())
     return done.stdout, figures, json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]

@@ -3,7 +3,6 @@
 import json
 import math
 import signal
-import socket
 import subprocess
 import sys
 
@@ -20,7 +19,7 @@ from fastmim.evaluate.classifier import Classifier, copy_encoder, timm_tensors
 from fastmim.evaluate.config_finetune import FinetuneConfig
 from fastmim.evaluate.encoder import load_encoder
 from fastmim.evaluate.labels import read_labelled
-from tests.launching import SCRIPTS, environment, wait_for
+from tests.launching import environment, run_command, wait_for
 
 # Nothing random but crops and flips.
 PLAIN = [
@@ -211,20 +210,8 @@ def test_two_ranks_are_one(command, tmp_path):
     # All but stochastic depth, whose draws are a rank's own.
     words = ["epochs=2", "precision=fp32", "drop_path=0", "images_at_once=4", "save=true"]
     assert command(*words, out="one") == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = [SCRIPTS / "deepspeed", "--num_gpus", "2", "--master_port", port, "--module", "fastmim.cli"]
-    done = subprocess.run(
-        [*launcher, *command(*words, out="two", run=False)],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0 and done.stdout.count("eval.json: top-1") == 1, done.stdout
+    done = run_command(command(*words, out="two", run=False), ranks=2)
+    assert done.returncode == 0 and done.stdout.count("eval.json: top-1") == 1, done.stdout + done.stderr
     one, two = (result(tmp_path, out) for out in ("one", "two"))
     assert one["top1"] == two["top1"] and one["settings"] == two["settings"]
     losses = [[record["loss"] for record in records(tmp_path, out)] for out in ("one", "two")]

@@ -1,7 +1,6 @@
 """`fastmim evaluate`, typed as a user types it, on pictures whose classes any encoder can tell apart."""
 
 import json
-import socket
 import subprocess
 import sys
 
@@ -22,7 +21,7 @@ from fastmim.evaluate.encoder import load_encoder
 from fastmim.evaluate.features import FeatureExtractor, pooled
 from fastmim.evaluate.labels import read_labelled
 from fastmim.masking import mask_from_order
-from tests.launching import SCRIPTS, environment
+from tests.launching import run_command
 
 
 @pytest.fixture
@@ -158,20 +157,8 @@ def test_two_ranks_go_on_with_the_features_of_one(command, tmp_path, decoded):
     decoded.stop(3)
     with pytest.raises(KeyboardInterrupt):
         command("knn", *words, out="stopped")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = [SCRIPTS / "deepspeed", "--num_gpus", "2", "--master_port", port, "--module", "fastmim.cli"]
-    done = subprocess.run(
-        [*launcher, *command("knn", *words, out="stopped", run=False)],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0 and done.stdout.count("eval.json: top-1") == 1, done.stdout
+    done = run_command(command("knn", *words, out="stopped", run=False), ranks=2)
+    assert done.returncode == 0 and done.stdout.count("eval.json: top-1") == 1, done.stdout + done.stderr
     one, two = result(tmp_path), result(tmp_path, "stopped")
     assert two["versions"]["ranks"] == 2
     assert one["top1"] == two["top1"] and one["per_class"] == two["per_class"]
