@@ -137,7 +137,12 @@ def store(script: str, rows: list[dict], args: argparse.Namespace, **more: Any) 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     told = {
         "machine": {**harness.describe_machine(device), "commit": source_commit()},
-        "arguments": {name: str(value) for name, value in vars(args).items() if value is not None},
+        # Where something lies on this machine is nobody's business.
+        "arguments": {
+            name: str(value.name if isinstance(value, Path) else value)
+            for name, value in vars(args).items()
+            if value is not None
+        },
         **more,
         "rows": rows,
     }
