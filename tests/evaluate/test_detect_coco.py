@@ -1,4 +1,4 @@
-"""COCO's figures where they are known."""
+"""COCO's figures, and what is taken for what, where they are known."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ from fastmim.config_data import DataConfig
 from fastmim.data.index import build_index
 from fastmim.evaluate.detect.annotations import BoxedImages
 from fastmim.evaluate.detect.coco import FIGURES, Detections, bitmap, encode, measure
+from fastmim.evaluate.detect.confusion import box_confusion
 
 
 def thing(x, y, width, height, kind=4, crowd=0, **more):
@@ -98,3 +99,24 @@ def test_crowds_count_for_nothing(images):
 def test_another_category_is_another_object(images):
     some = images([thing(10, 10, 30, 30)], [])
     assert measure(some, {0: found((10, 10, 30, 30, 0.9), kind=9), 1: found()})["box"]["AP"] == 0
+
+
+def test_boxes_take_the_object_that_they_overlap_most_once_the_surest_first(images):
+    some = images(
+        [thing(0, 0, 40, 40), thing(20, 0, 40, 40, kind=9), thing(100, 60, 50, 50, crowd=1)],
+        [thing(5, 5, 30, 30, kind=9)],
+    )
+    boxes = [
+        (0, 0, 40, 40, 0.9),  # the cat
+        (1, 0, 40, 40, 0.8),  # the cat again, which is taken; of the dog too little
+        (25, 0, 40, 40, 0.7),  # the dog
+        (110, 70, 20, 20, 0.6),  # within the crowd
+        (20, 0, 40, 40, 0.4),  # not sure
+    ]
+    # The last image's dog is not found: too far off by half.
+    result = box_confusion(some, {0: found(*boxes), 1: found((20, 5, 30, 30, 0.9), kind=9)}, 0.5)
+    assert result.tolist() == [[1, 0, 0], [1, 0, 1], [1, 1, 0]]
+    none = box_confusion(some, {0: found(), 1: found()}, 0.5)
+    assert none.tolist() == [[0, 0, 1], [0, 0, 2], [0, 0, 0]]
+    empty = box_confusion(images([], []), {0: found((0, 0, 9, 9, 0.5)), 1: found()}, 0.5)
+    assert empty.tolist() == [[0, 0, 0], [0, 0, 0], [1, 0, 0]]

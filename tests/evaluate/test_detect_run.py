@@ -80,6 +80,8 @@ def test_what_is_written(command, tmp_path, capsys, sets, head):
     }
     assert told["test"]["objects"] == len(truth) and told["settings"]["drop_path"] == 0.1
     assert set(told["train_losses"]) == set(records(tmp_path)[0]) & set(told["train_losses"])
+    with Image.open(tmp_path / "out" / "confusion.png") as drawn:
+        assert drawn.size[0] > 200
     with Image.open(tmp_path / "out" / "predictions.png") as drawn:
         assert drawn.size[0] > 200 and drawn.size[1] > drawn.size[0]
     assert f"box AP {told['box']['AP']:.2%}" in capsys.readouterr().out

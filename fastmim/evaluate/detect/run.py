@@ -13,13 +13,15 @@ from fastmim.evaluate.dense import DenseEncoder
 from fastmim.evaluate.detect.annotations import BoxedImages, check_same_categories, read_boxed
 from fastmim.evaluate.detect.coco import Detections, check_installed, measure
 from fastmim.evaluate.detect.config import DetectConfig
+from fastmim.evaluate.detect.confusion import NOTHING, box_confusion
 from fastmim.evaluate.detect.model import build_detector, detect
-from fastmim.evaluate.detect.pictures import Sample, draw_samples
+from fastmim.evaluate.detect.pictures import SHOWN_SCORE, Sample, draw_samples
 from fastmim.evaluate.detect.training import train_detector
 from fastmim.evaluate.job import Job, Task
+from fastmim.evaluate.scores import draw_confusion
 from fastmim.evaluate.split import check_test_told
 
-PREDICTIONS = "predictions.png"
+CONFUSION, PREDICTIONS = "confusion.png", "predictions.png"
 _MOST_DRAWN = 400
 
 
@@ -58,10 +60,14 @@ class Detection(Task):
         return train.with_objects(), tested
 
     def write(self, job: Job, outcome: Found, title: str) -> dict[str, Any]:
-        """COCO's figures, and predictions.png where some are asked for."""
+        """COCO's figures, confusion.png, and predictions.png where some are asked for."""
         told = measure(job.test, outcome.detections) | {"train_losses": outcome.losses}
+        line = f"{title} {job.config.head}: {self.headline(told | {'test': job.test.described()})}"
+        matrix = box_confusion(job.test, outcome.detections, SHOWN_SCORE)
+        names = (*job.test.categories.values(), NOTHING)
+        about = f"{line}; boxes with scores from {SHOWN_SCORE:g}".replace("; ", "\n")
+        draw_confusion(job.folder / CONFUSION, matrix, names, about)
         if job.config.pictures:
-            line = f"{title} {job.config.head}: {self.headline(told | {'test': job.test.described()})}"
             shown = job.test.rows[: job.config.pictures].tolist()
             samples = [_sample(job, row, outcome.detections[row]) for row in shown]
             draw_samples(job.folder / PREDICTIONS, samples, job.test.categories, line)
