@@ -137,7 +137,7 @@ def store(script: str, rows: list[dict], args: argparse.Namespace, **more: Any) 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     told = {
         "machine": {**harness.describe_machine(device), "commit": source_commit()},
-        # Where something lies on this machine is nobody's business.
+        # Paths by their last part: rows are read elsewhere.
         "arguments": {
             name: str(value.name if isinstance(value, Path) else value)
             for name, value in vars(args).items()

@@ -11,7 +11,7 @@ def keep_heap() -> None:
     """Let glibc keep what a step frees for the next one, but for blocks of 32 MiB and more.
 
     It would give free memory at the heap's end back to the system, again and again in a step, and every page that is
-    asked for anew costs a fault: of a compiled step of ViT-S about 400 MB. Another allocator is left as it is.
+    asked for anew costs a fault. What a run holds stays at its peak. Another allocator is left as it is.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

@@ -65,9 +65,8 @@ def test_rows_are_kept_about_once_a_minute_and_all_at_the_end(tmp_path, monkeypa
     stopped = keep_rows(job, "train", compute)
     assert [next(stopped).tolist() for _ in range(5)] == [rows.tolist() for rows in table.split(2)[:5]]
     stopped.close()
-    assert [path.name for path in tmp_path.iterdir()] == [
-        "train-0.unfinished"
-    ]  # of three; the others are lost
+    # Three of the five; the others are lost.
+    assert [path.name for path in tmp_path.iterdir()] == ["train-0.unfinished"]
     assert torch.equal(torch.cat(list(keep_rows(job, "train", compute))), table)
     assert torch.equal(torch.cat(list(keep_rows(job, "train", compute))), table)
     assert asked == [0, 6, 11]

@@ -1,6 +1,7 @@
 """`fastmim evaluate`, typed as a user types it, on pictures whose classes any encoder can tell apart."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -151,13 +152,19 @@ def test_features_are_kept_when_an_evaluation_is_stopped(command, tmp_path, deco
         assert once | {"seconds": 0} == resumed | {"seconds": 0}
 
 
-def test_two_ranks_go_on_with_the_features_of_one(command, tmp_path, decoded):
+def test_two_ranks_go_on_with_the_features_of_one(command, train_folder, tmp_path, decoded):
+    train = shutil.copytree(train_folder, tmp_path / "train")
     words = ["k=5", "images_at_once=4"]
-    assert command("knn", *words) == 0
-    decoded.stop(3)
+    assert command("knn", *words, data=train) == 0
+    decoded.stop(10)  # a batch of test images after nine of all training images
     with pytest.raises(KeyboardInterrupt):
-        command("knn", *words, out="stopped")
-    done = run_command(command("knn", *words, out="stopped", run=False), ranks=2)
+        command("knn", *words, data=train, out="stopped")
+    for path in train.rglob("*.png"):  # left are both ends, which the index looks at
+        content = path.read_bytes()
+        path.write_bytes(content[:64] + bytes(len(content) - 76) + content[-12:])
+    command("knn", *words, data=train, out="anew")
+    assert not (tmp_path / "anew" / "eval.json").exists() or result(tmp_path, "anew")["top1"] < 0.5
+    done = run_command(command("knn", *words, data=train, out="stopped", run=False), ranks=2)
     assert done.returncode == 0 and done.stdout.count("eval.json: top-1") == 1, done.stdout + done.stderr
     one, two = result(tmp_path), result(tmp_path, "stopped")
     assert two["versions"]["ranks"] == 2

@@ -4,11 +4,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmim.evaluate.detect.annotations import BoxedImages
+from fastmim.evaluate.detect.annotations import Annotation, BoxedImages
 from fastmim.evaluate.detect.coco import Detections
 
 NOTHING = "(nothing)"
 _OVERLAP = 0.5
+"""IoU from which on a box is of an object."""
 
 
 def box_confusion(images: BoxedImages, found: dict[int, Detections], score: float) -> Tensor:
@@ -49,7 +50,7 @@ def box_confusion(images: BoxedImages, found: dict[int, Detections], score: floa
     return matrix
 
 
-def _overlaps(boxes: np.ndarray, things: list) -> np.ndarray:
+def _overlaps(boxes: np.ndarray, things: list[Annotation]) -> np.ndarray:
     """IoU of boxes, x0, y0, x1, y1, with objects, [n, m]; with a crowd the share of the box that lies in it."""
     from pycocotools import mask
 
