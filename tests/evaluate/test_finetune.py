@@ -193,9 +193,11 @@ def test_a_killed_training_goes_on_bit_for_bit(command, tmp_path):
     assert done < 12
     first = log.read_text().splitlines()[:1]
     assert command(*words, "seed=1", out="killed") == 2
-    assert command(*words, out="killed") == 0
+    # In processes as the killed one was: sums differ in their last bits with the number of threads.
+    for out in ("killed", "whole"):
+        done = run_command(command(*words, out=out, run=False))
+        assert done.returncode == 0, done.stderr
     assert log.read_text().splitlines()[:1] == first, "trained again from the start"
-    assert command(*words, out="whole") == 0
     assert result(tmp_path, "killed") | {"sweep": 0} == result(tmp_path, "whole") | {"sweep": 0}
     for name in ("blocks-1", "blocks-0"):
         assert_same_weights(*(tmp_path / out / f"{name}.safetensors" for out in ("killed", "whole")))
