@@ -20,7 +20,7 @@ lint: .venv/ready
 
 # Small settings, under 15 minutes on 2 cores: does every question have an answer? Rows go to runs/bench, so that the
 # page's, from the commands of benchmarks/README.md, stay as they are.
-BENCHMARKS := attention dataloading end_to_end memory scaling peers visible_only
+BENCHMARKS := attention dataloading end_to_end memory scaling peers breakdown visible_only
 
 .PHONY: $(BENCHMARKS)
 
@@ -34,7 +34,8 @@ dataloading_small := --images 128 --photographs 128 --rounds 2 --cores 1 --quali
 end_to_end_small := --recipe quickstart --data data/elpv/train --rounds 2 --steps 40
 memory_small := --variants "ZeRO 0" "ZeRO 2" "ZeRO 3" --images 4
 scaling_small := --stages 1 --rounds 3 --images 4
-peers_small := --sizes small --dtypes bf16 --modes eager --batch 8 --rounds 3
+peers_small := --sizes small --modes eager --batch 8 --rounds 3
+breakdown_small := --sizes small --batch 8 --rounds 1
 visible_only_small := --sizes base --ratios --batch 4 --rounds 1
 
 bench-docs: .venv/ready

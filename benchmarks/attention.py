@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backends = [BASELINE, "matmul"] + (["xformers"] if device == "cuda" else [])
     rows = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in harness.computed_dtypes(device).values():
         peak = measure_peak_flops(torch.device(device), dtype)
         for label in SHAPES:
             rows += measure(label, dtype, backends, args.rounds, device, peak)

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import triton
 
+from fastmim.precision import choose_precision
+
 FLUSH_BYTES = 512 * 2**20
 """Written before each sample on CUDA: more than any cache holds."""
 
@@ -20,7 +22,7 @@ FLUSHES = 8
 def describe_machine(device: str) -> dict:
     """Return what a result needs to be read later: device, cores, threads, versions."""
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{_processor()} ({_instructions()})",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -34,6 +36,18 @@ def _processor() -> str:
         return told.partition(":")[2].strip()
     except (OSError, IndexError):
         return platform.processor() or platform.machine()
+
+
+def _instructions() -> str:
+    """What PyTorch's operators are compiled for here, and whether products of bf16 are computed or emulated."""
+    bf16 = "with" if "bf16" in computed_dtypes("cpu") else "without"
+    return f"{torch.backends.cpu.get_cpu_capability()}, {bf16} bf16"
+
+
+def computed_dtypes(device: str) -> dict[str, torch.dtype]:
+    """The dtypes that a device's hardware multiplies, the faster one first; another is emulated, and slow."""
+    fast = {"bf16": torch.bfloat16} if choose_precision("auto", torch.device(device)) == "bf16" else {}
+    return {**fast, "fp32": torch.float32}
 
 
 def time_in_turns(

@@ -1,6 +1,6 @@
 """How fast, and in how much memory, is one optimiser step of the same MAE here and elsewhere?
 
-    python benchmarks/peers.py [--sizes small base] [--dtypes bf16 fp32] [--mae-path CLONE] [--json PATH] [--plot FILE]
+    python benchmarks/peers.py [--sizes small base] [--dtypes fp32] [--mae-path CLONE] [--json PATH] [--plot FILE]
 
 This engine, `transformers`, `lightly` where it is installed (`pip install -e ".[bench]"`) and, from a user's clone,
 facebookresearch/mae; each eager and compiled. See `contenders.py` for what each is given.
@@ -55,7 +55,8 @@ def contenders(mae_path: Path | None) -> list[str]:
     return [name for name in CONTENDERS if present.get(name, True)]
 
 
-def _worker(name: str, problem: Problem) -> Worker:
+def worker_of(name: str, problem: Problem) -> Worker:
+    """A process that makes the steps of a contender."""
     build = CONTENDERS[name]
     return Worker(build, problem, imports=IMPORTS[build])
 
@@ -66,7 +67,7 @@ def measure_memory(problem: Problem, name: str, mode: str, timed: Worker | None 
         timed.forget_peak()
         timed.step(mode == "compiled")
         return timed.peak_memory()
-    with _worker(name, problem) as worker:
+    with worker_of(name, problem) as worker:
         for _ in range(2):
             worker.step(mode == "compiled")
         return worker.peak_memory()
@@ -78,7 +79,7 @@ def measure(
     """The rows of a size and dtype: losses are compared, then time and memory measured."""
     flops = build_objective(problem.config).step_flops() * problem.batch
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(_worker(name, problem)) for name in names}
+        workers = {name: stack.enter_context(worker_of(name, problem)) for name in names}
         for _ in range(2):
             report.require_same(
                 {name: worker.step() for name, worker in workers.items()}, TOLERANCE[problem.precision]
@@ -159,17 +160,17 @@ def draw(path: Path, rows: list[dict]) -> None:
     report.draw_bars(path, groups, bars, "seconds a step")
 
 
-def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """Parse with the options that tell which steps of whom are compared, and those of every script."""
     parser.add_argument("--sizes", nargs="+", choices=MODEL_SIZES, default=["small", "base"])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=list(harness.computed_dtypes(Ranks().device.type)),
+        help="default: what the hardware computes",
+    )
     parser.add_argument("--batch", type=int, default=16, help="images in a step (default 16)")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before those")
     parser.add_argument("--mae-path", type=Path, metavar="CLONE", help="a clone of facebookresearch/mae")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the configuration"
@@ -179,6 +180,17 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if args.mae_path is not None and not (args.mae_path / FILE).exists():
         parser.error(f"--mae-path {args.mae_path} holds no {FILE}; expected a clone of facebookresearch/mae")
     return args
+
+
+def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before those")
+    return parse(parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import markdown, report
+from benchmarks import harness, markdown, report
 from benchmarks.contenders import DTYPES, IMPORTS, Problem, fastmim
 from benchmarks.workers import Worker
 from fastmim import recipes
@@ -208,7 +208,12 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help=f"images in a step (default {BATCHES})")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each; the curve has one (default 3)")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a turn (default 2)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=next(iter(harness.computed_dtypes(Ranks().device.type))),
+        help="default: bf16 where the hardware computes it",
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration")
     report.add_options(parser)
     args = parser.parse_args(arguments)

@@ -47,6 +47,10 @@ class Worker:
         """Make a step and return its loss; the device is done when this returns."""
         return self._ask("compiled" if compiled else "eager")
 
+    def measure_step(self, measure: Callable[[Callable[[], Tensor]], Any]) -> Any:
+        """What a module's function returns that is called in the process with the step, as if it were not compiled."""
+        return self._ask(measure)
+
     def peak_memory(self) -> int:
         """Bytes held at most since the process began to build, or `forget_peak`; its imports not counted."""
         return self._ask("memory")
@@ -61,7 +65,7 @@ class Worker:
             self._pipe.send(None)
         self._process.join()
 
-    def _ask(self, what: str) -> Any:
+    def _ask(self, what: str | Callable) -> Any:
         self._pipe.send(what)
         try:
             answer = self._pipe.recv()
@@ -90,6 +94,6 @@ def _serve(pipe: Connection, build: Build, args: tuple, imports: tuple[str, ...]
                 pipe.send(torch.cuda.reset_peak_memory_stats())
                 continue
             with torch.compiler.set_stance("default" if wanted == "compiled" else "force_eager"):
-                pipe.send(float(step()))
+                pipe.send(wanted(step) if callable(wanted) else float(step()))
         except Exception as error:
             pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))

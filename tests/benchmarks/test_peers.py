@@ -117,7 +117,7 @@ class Still:
 
 
 def test_rows_have_every_key_and_different_losses_are_refused(problem, monkeypatch):
-    monkeypatch.setattr(peers, "_worker", Still)
+    monkeypatch.setattr(peers, "worker_of", Still)
     monkeypatch.setattr(peers, "measure_peak_flops", lambda *args: 1e12)
     names = list(Still.losses)
     rows = peers.measure(problem, "tiny", names, list(peers.MODES), rounds=3, warmup=0)

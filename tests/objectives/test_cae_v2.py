@@ -193,7 +193,9 @@ def test_the_teacher_is_no_part_of_the_model():
 def test_grey_images_are_shown_as_grey_colours():
     objective, images, _ = build("data.channels=1")
     teacher = objective.head.teacher
-    assert torch.equal(teacher(images), features_of(teacher.module.model, images.expand(-1, -1, -1, 3)))
+    wanted = features_of(teacher.module.model, images.expand(-1, -1, -1, 3))
+    # A convolution's sums differ in their last bits with the strides of what it is given.
+    torch.testing.assert_close(teacher(images), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

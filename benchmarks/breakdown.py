@@ -1,0 +1,162 @@
+"""Where does one optimiser step of the same MAE spend its time, by kind of operation, here and elsewhere?
+
+    python benchmarks/breakdown.py [--sizes small base] [--dtypes fp32] [--mae-path CLONE] [--json PATH] [--plot FILE]
+
+The contenders of `peers.py`, eager, under PyTorch's profiler. An operation counts for itself, without those that it
+calls. What is not a product of matrices is what an engine can save without computing less; its products at the rate of a
+large one are what no engine of the same FLOPs gets below.
+"""
+
+import argparse
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+# Run as a script, Python looks here first, where this file would pass for a package called `kernels`.
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler_util import FunctionEvent
+
+from benchmarks import harness, markdown, peers, report
+from benchmarks.contenders import DTYPES, Problem, write_weights
+from fastmim.flops import measure_peak_flops
+from fastmim.objectives import build_objective
+from fastmim.ranks import Ranks
+
+LINEARS, ATTENTION, OPTIMISER, OTHER = "linears", "attention", "optimiser", "other"
+_OPTIMISER = "Optimizer.step#"
+"""What PyTorch calls the range of an optimiser's step."""
+_NAMES = {
+    LINEARS: "addmm|mm|.*convolution.*|.*linear.*",
+    ATTENTION: "bmm|baddbmm|.*attention.*|.*softmax.*",
+    "LayerNorm": ".*layer_norm.*",
+    "GELU": ".*gelu.*",
+    "copies": "copy_|cat|gather|.*scatter.*|index.*",
+    "sums": "(add|mul|div)_?|sum",
+}
+"""Kind -> pattern of an operation's whole name."""
+KINDS = (*_NAMES, OPTIMISER, OTHER)
+
+
+def kind_of(event: FunctionEvent) -> str:
+    """What an operation is for; all that an optimiser calls is the optimiser's."""
+    above: FunctionEvent | None = event
+    while above is not None:
+        if above.name.startswith(_OPTIMISER):
+            return OPTIMISER
+        above = above.cpu_parent
+    name = event.name.removeprefix("aten::")
+    return next((kind for kind, pattern in _NAMES.items() if re.fullmatch(pattern, name)), OTHER)
+
+
+def seconds_by_kind(step: Callable[[], Tensor]) -> dict[str, float]:
+    """Seconds of each kind in one step; on CUDA, of the device."""
+    on_cuda = torch.cuda.is_available()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        if on_cuda:
+            torch.cuda.synchronize()
+    spent = dict.fromkeys(KINDS, 0.0)
+    for event in profiler.events():
+        own = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+        spent[kind_of(event)] += own / 1e6
+    return spent
+
+
+def measure(problem: Problem, size: str, names: list[str], rounds: int) -> list[dict]:
+    """A row of each contender: seconds of every kind, the medians over rounds, in which they take turns."""
+    spent: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(peers.worker_of(name, problem)) for name in names}
+        for _ in range(2):
+            losses = {name: worker.step() for name, worker in workers.items()}
+            report.require_same(losses, peers.TOLERANCE[problem.precision])
+        for _ in range(rounds):
+            for name, worker in workers.items():
+                spent[name].append(worker.measure_step(seconds_by_kind))
+    samples = {name: [sum(kinds.values()) for kinds in each] for name, each in spent.items()}
+    fastest = min(
+        (name for name in names if name != peers.OURS),
+        key=lambda name: harness.summarise(samples[name])["median_us"],
+    )
+    flops = build_objective(problem.config).step_flops() * problem.batch
+    peak = measure_peak_flops(Ranks().device, DTYPES[problem.precision])
+    return [
+        {
+            **report.timed_row(
+                name,
+                size,
+                problem.precision,
+                samples[name],
+                baseline=samples[fastest],
+                images=problem.batch,
+                flops=flops,
+                baseline_flops=flops,
+                peak_flops=peak,
+            ),
+            "kinds": {
+                kind: harness.summarise([kinds[kind] for kinds in spent[name]])["median_us"] / 1e6
+                for kind in KINDS
+            },
+            "products_at_peak_s": flops / peak,
+        }
+        for name in names
+    ]
+
+
+def tables(stored: dict) -> dict[str, str]:
+    """The page's table of stored rows: `breakdown`."""
+    header = ["implementation", "size", "dtype", "step", *KINDS, "products at the peak"]
+    lines = [
+        [
+            *(row[key] for key in ("variant", "size", "dtype")),
+            *(
+                f"{1e3 * seconds:.0f}"
+                for seconds in (row["median_s"], *row["kinds"].values(), row["products_at_peak_s"])
+            ),
+        ]
+        for row in stored["rows"]
+    ]
+    return {"breakdown": markdown.table(header, lines)}
+
+
+def draw(path: Path, rows: list[dict]) -> None:
+    """Seconds of each kind, a group of bars for each contender."""
+    groups = [f"{row['variant']}\n{row['size']} {row['dtype']}" for row in rows]
+    bars = {kind: [row["kinds"][kind] for row in rows] for kind in KINDS}
+    report.draw_bars(path, groups, bars, "seconds of a step")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Profile, print, store."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    args = peers.parse(parser, arguments)
+    names = peers.contenders(args.mae_path)
+    rows = []
+    for size in args.sizes:
+        config = peers.configure(size, args.batch, args.set)
+        with tempfile.TemporaryDirectory() as folder:
+            write_weights(config, Path(folder))
+            for dtype in args.dtypes:
+                problem = Problem(config, dtype, args.batch, Path(folder), args.mae_path)
+                rows += measure(problem, size, names, args.rounds)
+    stored = report.store("breakdown", rows, args)
+    print(tables(stored)["breakdown"])
+    if args.plot:
+        draw(args.plot, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Where a step's time goes by kind: every operation has one kind, and what an optimiser calls is the optimiser's."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import breakdown, contenders, peers
+from tests.benchmarks.test_peers import SMALL
+from tests.benchmarks.test_report import KEYS
+
+
+def kinds_of(run) -> dict[str, set[str]]:
+    """Names of the operations of each kind."""
+    found: dict[str, set[str]] = {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        run()
+    for event in profiler.events():
+        found.setdefault(breakdown.kind_of(event), set()).add(event.name)
+    return found
+
+
+def test_each_operation_is_of_one_kind():
+    linear, tokens = torch.nn.Linear(8, 8), torch.randn(2, 5, 8)
+    optimizer = torch.optim.AdamW(linear.parameters(), fused=True)
+
+    def run():
+        x = F.gelu(F.layer_norm(linear(tokens), (8,)))
+        x = torch.cat([x, x.clone()], 1)
+        scores = (x @ x.transpose(1, 2)).softmax(-1)
+        (scores @ x).sum().backward()
+        optimizer.step()
+
+    found = kinds_of(run)
+    assert {"aten::addmm", "aten::mm"} <= found[breakdown.LINEARS]
+    assert {"aten::bmm", "aten::_softmax", "aten::_softmax_backward_data"} <= found[breakdown.ATTENTION]
+    assert {"aten::native_layer_norm", "aten::native_layer_norm_backward"} <= found["LayerNorm"]
+    assert {"aten::gelu", "aten::gelu_backward"} <= found["GELU"]
+    assert {"aten::cat", "aten::copy_"} <= found["copies"] and "aten::sum" in found["sums"]
+    assert "aten::_fused_adamw_" in found[breakdown.OPTIMISER]
+
+
+def test_seconds_add_up_to_the_step_and_follow_the_work():
+    left = torch.randn(800, 800)
+    spent = breakdown.seconds_by_kind(lambda: (left @ left).mul(2))
+    assert set(spent) == set(breakdown.KINDS)
+    assert spent[breakdown.LINEARS] > spent["sums"] > 0 == spent["GELU"]
+
+
+def test_rows_and_table_of_real_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(breakdown, "measure_peak_flops", lambda *args: 1e12)
+    monkeypatch.setattr(peers, "contenders", lambda path: ["fastmim", "transformers"])
+    out = tmp_path / "rows.json"
+    breakdown.main(
+        [
+            *("--sizes", "tiny", "--dtypes", "fp32", "--batch", "4", "--rounds", "1", "--no-results"),
+            *("--json", str(out), "--plot", str(tmp_path / "kinds.png"), "--set", *SMALL),
+        ]
+    )
+    stored = json.loads(out.read_text())
+    assert [row["variant"] for row in stored["rows"]] == ["fastmim", "transformers"]
+    for row in stored["rows"]:
+        assert row.keys() == KEYS | {"kinds", "products_at_peak_s"}
+        assert sum(row["kinds"].values()) == pytest.approx(row["median_s"])
+        assert min(row["kinds"][kind] for kind in ("linears", "attention", "LayerNorm", "optimiser")) > 0
+    assert stored["rows"][1]["ratio"] == 1.0
+    assert "| transformers | tiny | fp32 |" in breakdown.tables(stored)["breakdown"]
+    assert (tmp_path / "kinds.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_different_losses_are_not_broken_down(tmp_path, monkeypatch):
+    class Step:
+        def __init__(self, name, problem):
+            self.loss = len(name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def step(self):
+            return self.loss
+
+    monkeypatch.setattr(peers, "worker_of", Step)
+    problem = contenders.Problem(peers.configure("tiny", 4, SMALL), "fp32", 4)
+    with pytest.raises(SystemExit, match="no speed-up is told"):
+        breakdown.measure(problem, "tiny", ["fastmim", "transformers"], 1)
