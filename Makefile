@@ -22,9 +22,13 @@ lint: .venv/ready
 # page's, from the commands of benchmarks/README.md, stay as they are.
 BENCHMARKS := attention dataloading end_to_end memory scaling peers breakdown visible_only
 
-.PHONY: $(BENCHMARKS)
+.PHONY: kernels $(BENCHMARKS)
 
-bench: $(BENCHMARKS)
+bench: kernels $(BENCHMARKS)
+
+# The rows of the GPU's kernels have a page of their own; here is what the CPU computes in their place.
+kernels: .venv/ready
+	"$(BIN)/python" benchmarks/$@.py --cpu --dtypes float32 --rounds 5 --json runs/bench/$@.json
 
 $(BENCHMARKS): .venv/ready data/elpv/train
 	"$(BIN)/python" benchmarks/$@.py --no-results --json runs/bench/$@.json $($@_small)

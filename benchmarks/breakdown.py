@@ -3,8 +3,7 @@
     python benchmarks/breakdown.py [--sizes small base] [--dtypes fp32] [--mae-path CLONE] [--json PATH] [--plot FILE]
 
 The contenders of `peers.py`, eager, under PyTorch's profiler. An operation counts for itself, without those that it
-calls. What is not a product of matrices is what an engine can save without computing less; its products at the rate of a
-large one are what no engine of the same FLOPs gets below.
+calls. What is no product of matrices is what an engine can save without computing less.
 """
 
 import argparse
@@ -129,6 +128,22 @@ def tables(stored: dict) -> dict[str, str]:
     return {"breakdown": markdown.table(header, lines)}
 
 
+def judge(rows: list[dict]) -> list[str]:
+    """A line for each size and dtype: what this engine would reach if nothing but its products took time."""
+    lines = []
+    for size, dtype in dict.fromkeys((row["size"], row["dtype"]) for row in rows):
+        alike = [row for row in rows if (row["size"], row["dtype"]) == (size, dtype)]
+        own = next(row for row in alike if row["variant"] == peers.OURS)
+        fastest = min((row for row in alike if row is not own), key=lambda row: row["median_s"])
+        products = sum(own["kinds"][kind] for kind in (LINEARS, ATTENTION))
+        lines.append(
+            f"{size} {dtype}: linears and attention are {products / own['median_s']:.0%} of this engine's step; if "
+            f"nothing else took time, it would be {fastest['median_s'] / products:.2f} times as fast as "
+            f"{fastest['variant']}; target {peers.TARGETS['ratio']}"
+        )
+    return lines
+
+
 def draw(path: Path, rows: list[dict]) -> None:
     """Seconds of each kind, a group of bars for each contender."""
     groups = [f"{row['variant']}\n{row['size']} {row['dtype']}" for row in rows]
@@ -153,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
                 problem = Problem(config, dtype, args.batch, Path(folder), args.mae_path)
                 rows += measure(problem, size, names, args.rounds)
     stored = report.store("breakdown", rows, args)
-    print(tables(stored)["breakdown"])
+    print("\n\n".join([*tables(stored).values(), *judge(rows)]))
     if args.plot:
         draw(args.plot, rows)
 

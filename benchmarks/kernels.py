@@ -264,6 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
         print_static(table)
         print_measured(table)
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         machine = harness.describe_machine("cuda" if mode == "cuda" else "cpu")
         told = {"machine": {"mode": mode, **machine, "commit": source_commit()}}
         told["arguments"] = {name: str(getattr(args, name)) for name in ("dtypes", "shapes", "rounds")}

@@ -66,6 +66,7 @@ def test_rows_and_table_of_real_steps(tmp_path, monkeypatch):
         assert min(row["kinds"][kind] for kind in ("linears", "attention", "LayerNorm", "optimiser")) > 0
     assert stored["rows"][1]["ratio"] == 1.0
     assert "| transformers | tiny | fp32 |" in breakdown.tables(stored)["breakdown"]
+    assert breakdown.judge(stored["rows"])[0].startswith("tiny fp32: linears and attention are ")
     assert (tmp_path / "kinds.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import harness, report
 
 KEYS = {
     *("variant", "size", "dtype", "median_s", "p20_s", "p80_s", "images_per_s", "flops", "mfu"),
@@ -76,3 +76,12 @@ def test_rows_are_stored_with_the_machine(tmp_path, monkeypatch):
     other = tmp_path / "other.json"
     report.store("other", [], parser.parse_args(["--no-results", "--json", str(other)]))
     assert other.exists() and not (tmp_path / "results" / "other.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtypes", "told"), [("bf16", ["bf16", "fp32"], "with"), ("fp32", ["fp32"], "without")]
+)
+def test_dtypes_that_are_emulated_are_left_out_and_told(precision, dtypes, told, monkeypatch):
+    monkeypatch.setattr(harness, "choose_precision", lambda wanted, device: precision)
+    assert list(harness.computed_dtypes("cpu")) == dtypes
+    assert harness.describe_machine("cpu")["device"].endswith(f", {told} bf16)")
