@@ -1,6 +1,6 @@
 """How fast do JPEGs become batches, and what does an image cost in CPU time, here and in other loaders?
 
-    python benchmarks/dataloading.py [--images 512] [--rounds 5] [--cores 1 2] [--qualities 75 90 95]
+    python benchmarks/dataloading.py [--images 256] [--rounds 3] [--cores 1 2] [--qualities 75 90 95]
 
 Each loader has a process of its own, held to so many cores with as many decoding threads or workers, and they take
 turns. Photographs of 500 x 375 are written for it (`photographs.py`). A last table tells what each stage costs alone.
@@ -106,9 +106,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=512, help="in a sample (default 512)")
+    parser.add_argument("--images", type=int, default=256, help="in a sample (default 256)")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--qualities", type=int, nargs="+", default=[75, 90, 95])
     parser.add_argument("--photographs", type=int, default=512, help="how many different ones to write")
