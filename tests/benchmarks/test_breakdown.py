@@ -41,11 +41,12 @@ def test_each_operation_is_of_one_kind():
     assert "aten::_fused_adamw_" in found[breakdown.OPTIMISER]
 
 
-def test_seconds_add_up_to_the_step_and_follow_the_work():
-    left = torch.randn(800, 800)
+def test_a_step_spends_seconds_on_what_it_calls_alone():
+    left = torch.randn(80, 80)
     spent = breakdown.seconds_by_kind(lambda: (left @ left).mul(2))
     assert set(spent) == set(breakdown.KINDS)
-    assert spent[breakdown.LINEARS] > spent["sums"] > 0 == spent["GELU"]
+    assert min(spent[breakdown.LINEARS], spent["sums"]) > 0
+    assert spent["GELU"] == spent["LayerNorm"] == spent[breakdown.OPTIMISER] == 0
 
 
 def test_rows_and_table_of_real_steps(tmp_path, monkeypatch):
@@ -70,7 +71,7 @@ def test_rows_and_table_of_real_steps(tmp_path, monkeypatch):
     assert (tmp_path / "kinds.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_different_losses_are_not_broken_down(tmp_path, monkeypatch):
+def test_different_losses_are_not_broken_down(monkeypatch):
     class Step:
         def __init__(self, name, problem):
             self.loss = len(name)
