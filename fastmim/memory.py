@@ -81,8 +81,9 @@ def predict_memory(
         precision: bf16, fp16 or fp32, as it was resolved.
         world_size: ranks that share the states.
         fused_loss: the loss keeps one gradient, in place of eager PyTorch's chain.
-        on_cpu: the ranks compute there: what is offloaded stays in the same memory, blocks keep less, and buckets
-            count as far as gradients fill them, since a CPU's memory is taken when it is written.
+        on_cpu: the ranks compute there: what is offloaded stays in the same memory, blocks keep less but under ZeRO-3
+            (`models/by_rows.py`), and buckets count as far as gradients fill them, since a CPU's memory is taken when
+            it is written.
         sizes: `parameter_sizes` of the run, where they are known.
 
     Raises:
@@ -106,7 +107,9 @@ def predict_memory(
         update = 8 * min(count, CHUNKS["cpu" if on_cpu else "cuda"])
     else:
         update = 0 if offloads or precision == "fp32" else 4 * count // shards
-    activations, recomputed = _activations(config, item, world_size, fused_loss, whole=not on_cpu)
+    activations, recomputed = _activations(
+        config, item, world_size, fused_loss, by_rows=on_cpu and stage != 3
+    )
     return Memory(
         parameters=(count // world_size + whole if stage == 3 else count) * item,
         gathered=min(count - whole, _LIVE_PARAMETERS) * item if stage == 3 else 0,
@@ -129,26 +132,26 @@ def _bucket(config: Config, count: int, world_size: int, stage: int, on_cpu: boo
 
 
 def block_bytes(
-    images: int, tokens: int, width: int, mlp_ratio: float, item: int, whole: bool, asked: int | None = None
+    images: int, tokens: int, width: int, mlp_ratio: float, item: int, by_rows: bool, asked: int | None = None
 ) -> int:
     """What a pre-norm block keeps of a micro-batch: the inputs of its norms, GELU and attention.
 
-    As a `whole` also the inputs of its linears, results of norms and GELU: a block that is computed again, or on CUDA.
+    Unless it runs `by_rows` also the statistics of its norms and the inputs of its linears, which norms and GELU made.
     Its MLP runs on the tokens that are `asked` for, all unless given.
     """
     asked = tokens if asked is None else asked
     row = images * width * item
     # The sum before attention; queries, keys, values and what it makes of them. The sum before the MLP; before GELU.
-    kept = row * (tokens * (1 + 4) + asked * (1 + mlp_ratio)) + images * (tokens + asked) * 2 * 4
-    if whole:
-        kept += row * (tokens + asked * (1 + mlp_ratio))
+    kept = row * (tokens * (1 + 4) + asked * (1 + mlp_ratio))
+    if not by_rows:
+        kept += row * (tokens + asked * (1 + mlp_ratio)) + images * (tokens + asked) * 2 * 4
     return int(kept)
 
 
 def _activations(
-    config: Config, item: int, world_size: int, fused_loss: bool, whole: bool
+    config: Config, item: int, world_size: int, fused_loss: bool, by_rows: bool
 ) -> tuple[int, int]:
-    """Bytes kept by the forward pass, by each block as a `whole` or not, and by one block that is computed again."""
+    """Bytes kept by the forward pass, and by one block that is computed again."""
     model, objective, images = config.model, config.objective, config.micro_batch(world_size)
     patches = config.grid[0] * config.grid[1]
     kept = config.mask.len_keep(config.grid)
@@ -165,9 +168,9 @@ def _activations(
     for shape, depth, asked in blocks:
         if config.train.activation_checkpointing:
             total += depth * shape[0] * shape[1] * shape[2] * item
-            recomputed = max(recomputed, block_bytes(*shape, whole=True, asked=asked))
+            recomputed = max(recomputed, block_bytes(*shape, by_rows, asked))
         else:
-            total += depth * block_bytes(*shape, whole=whole, asked=asked)
+            total += depth * block_bytes(*shape, by_rows, asked)
     # The last norms: the encoder's input and output, which the decoder's embedding reads; the decoder's, of the
     # removed patches only, with their indices.
     total += 2 * images * seen * model.width * item

@@ -50,6 +50,13 @@ class GuardedAdamW(torch.optim.AdamW):
     def __init__(self, params, clip_grad: float | None = None, **options):
         super().__init__(params, fused=True, **options)
         self.clip_grad = clip_grad
+        # Made now: a first step would put them between what it is about to free, and a CPU's heap has to grow then.
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            self.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -113,9 +112,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def forward(self, x: Tensor, keeping: AbstractContextManager | None = None) -> Tensor:
-        """Attend among all tokens of a sample. x [B, N, D] -> [B, N, D]; `keeping` is around what reads x."""
-        batch, tokens, dim = x.shape
-        with nullcontext() if keeping is None else keeping:
-            qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        return self.proj(self_attend(qkv, self.backend).reshape(batch, tokens, dim))
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend among all tokens of a sample. x [B, N, D] -> [B, N, D]."""
+        return self.proj(self.attend(self.qkv(x)))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Between the linears: queries, keys and values [B, N, 3 D], as `qkv` gives them -> [B, N, D]."""
+        batch, tokens, width = qkv.shape
+        qkv = qkv.view(batch, tokens, 3, self.num_heads, -1)
+        return self_attend(qkv, self.backend).reshape(batch, tokens, width // 3)

@@ -1,7 +1,6 @@
 """Transformer blocks, from timm, with this engine's attention and kernels; and their initialisation."""
 
 import functools
-from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 
 from fastmim.kernels import _dispatch, add_layer_norm, bias_gelu, gather_tokens
 from fastmim.models.attention import Attention
-from fastmim.models.recompute import kept_instead, recompute
+from fastmim.models.by_rows import add_linear, norm_linear, norm_mlp, runs_by_rows
+from fastmim.models.recompute import recompute
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 
@@ -35,25 +35,15 @@ class AddLayerNorm(nn.LayerNorm):
         x = x + branch
         return super().forward(x), x
 
-    def keep_sum(self, normed: Tensor, total: Tensor) -> AbstractContextManager:
-        """In this context linears keep the sum, not its LayerNorm: those of `forward`."""
-        return kept_instead(normed, self._normalise, total, self.weight, self.bias)
-
-    def _normalise(self, total: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.layer_norm(total, self.normalized_shape, weight, bias, self.eps)
-
 
 class LinearGELU(nn.Linear):
     """A linear, with Linear's parameters, and the exact GELU after it."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
-        """GELU(x W^T + b), and a context in which linears keep what GELU was given, as GELU does, not its result."""
+    def forward(self, x: Tensor) -> Tensor:
+        """GELU(x W^T + b)."""
         if kernels_run(x):
-            activate, inputs = bias_gelu, (F.linear(x, self.weight), self.bias)
-        else:
-            activate, inputs = F.gelu, (super().forward(x),)
-        active = activate(*inputs)
-        return active, kept_instead(active, activate, *inputs)
+            return bias_gelu(F.linear(x, self.weight), self.bias)
+        return F.gelu(super().forward(x))
 
 
 class MLP(nn.Module):
@@ -75,9 +65,29 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, D] -> [B, N, D]."""
-        active, keep_input = self.fc1(x)
-        with keep_input:
-            return self.fc2(active)
+        return self.fc2(self.fc1(x))
+
+
+def summed(x: Tensor, branch: Tensor | None) -> Tensor:
+    """x + branch, or x where there is none."""
+    return x if branch is None else x + branch
+
+
+def add_norm_mlp(
+    x: Tensor, branch: Tensor | None, norm: AddLayerNorm, mlp: MLP, drop_path: nn.Module
+) -> tuple[Tensor, Tensor | None]:
+    """With x + branch as x: x + drop_path(mlp(norm(x))), in two summands of which the second may be none.
+
+    Args:
+        x, branch: [B, N, D].
+        norm, mlp, drop_path: parts of a block.
+    """
+    if not runs_by_rows(x, norm, mlp):
+        normed, x = norm(x, branch)
+        return x, drop_path(mlp(normed))
+    x, adds = summed(x, branch), isinstance(drop_path, nn.Identity)
+    result = norm_mlp(x, norm, mlp.fc1, mlp.fc2, add=adds)
+    return (result, None) if adds else (x, drop_path(result))
 
 
 class Block(timm_vit.Block):
@@ -105,35 +115,40 @@ class Block(timm_vit.Block):
 
     def forward(
         self, x: Tensor, branch: Tensor | None = None, ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The block's output in two summands, what the MLP added last.
+    ) -> tuple[Tensor, Tensor | None]:
+        """The block's output in two summands, what the MLP added last, or in one.
 
         Args:
             x, branch: [B, N, D], summands of the input.
             ids: int64 [B, M], the patches that are asked for, behind the cls token; the MLP runs on them alone.
 
         Returns:
-            Two of [B, N, D], or [B, M, D] where `ids` ask for them.
+            [B, N, D], or [B, M, D] where `ids` ask for them; and as much or None.
         """
-        normed, x = self.norm1(x, branch)
-        branch = self.drop_path1(self.attn(normed, self.norm1.keep_sum(normed, x)))
-        if ids is None:
-            normed, x = self.norm2(x, branch)
+        if runs_by_rows(x, self.norm1, self.attn):
+            x = summed(x, branch)
+            attended = self.attn.attend(norm_linear(x, self.norm1, self.attn.qkv))
+            if isinstance(self.drop_path1, nn.Identity):
+                x, branch = add_linear(x, attended, self.attn.proj), None
+            else:
+                branch = self.drop_path1(self.attn.proj(attended))
         else:
-            normed, x = self.norm2(gather_tokens(x + branch, ids, offset=1))
-        with self.norm2.keep_sum(normed, x):
-            return x, self.drop_path2(self.mlp(normed))
+            normed, x = self.norm1(x, branch)
+            branch = self.drop_path1(self.attn(normed))
+        if ids is not None:
+            x, branch = gather_tokens(summed(x, branch), ids, offset=1), None
+        return add_norm_mlp(x, branch, self.norm2, self.mlp, self.drop_path2)
 
     def closed(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
         """The block's input [B, N, D] to its output, of the patches `ids` alone where they are given."""
-        x, branch = self(x, None, ids)
-        return x + branch
+        return summed(*self(x, None, ids))
 
 
 class Blocks(nn.Module):
     """A stack of pre-norm transformer blocks.
 
-    On CUDA, unless compiled, each residual addition is one launch with the norm after it.
+    On CUDA, unless compiled, each residual addition is one launch with the norm after it; on a CPU it is made by the
+    linear before it (`by_rows.py`).
 
     Args:
         width: token dimension.
@@ -188,7 +203,7 @@ class Blocks(nn.Module):
         branch = None
         for layer, its in zip(self.layers, asked, strict=True):
             x, branch = layer(x, branch, its)
-        return x if branch is None else x + branch
+        return summed(x, branch)
 
 
 def compile_each(layers: nn.ModuleList) -> None:

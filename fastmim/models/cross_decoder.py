@@ -5,7 +5,15 @@ from torch import Tensor, nn
 
 from fastmim.config import Config
 from fastmim.kernels import gather_tokens
-from fastmim.models.blocks import MLP, AddLayerNorm, LayerNorm, compile_each, init_weights
+from fastmim.models.blocks import (
+    MLP,
+    AddLayerNorm,
+    LayerNorm,
+    add_norm_mlp,
+    compile_each,
+    init_weights,
+    summed,
+)
 from fastmim.models.cross_attention import CrossAttention
 from fastmim.models.position import sincos_positions
 from fastmim.models.recompute import recompute
@@ -100,6 +108,5 @@ class CrossBlock(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x [B, M, width], context [B, T, context_width] -> [B, M, width]."""
         context = self.norm_context(context)
-        normed, x = self.norm2(x, self.attn(self.norm1(x), context, context))
-        with self.norm2.keep_sum(normed, x):
-            return x + self.mlp(normed)
+        branch = self.attn(self.norm1(x), context, context)
+        return summed(*add_norm_mlp(x, branch, self.norm2, self.mlp, nn.Identity()))

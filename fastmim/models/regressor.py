@@ -8,7 +8,15 @@ from fastmim.config import Config
 from fastmim.flops import cross_block_flops
 from fastmim.kernels import gather_tokens
 from fastmim.masking import Mask
-from fastmim.models.blocks import MLP, AddLayerNorm, LayerNorm, compile_each, init_weights
+from fastmim.models.blocks import (
+    MLP,
+    AddLayerNorm,
+    LayerNorm,
+    add_norm_mlp,
+    compile_each,
+    init_weights,
+    summed,
+)
 from fastmim.models.cross_attention import CrossAttention
 from fastmim.models.position import sincos_positions
 from fastmim.models.recompute import recompute
@@ -100,6 +108,5 @@ class RegressorBlock(nn.Module):
         context = torch.cat([visible, x], dim=1)
         keys, placed = self.norm_k(context, positions)
         queries = self.norm_q(placed[:, visible.shape[1] :])
-        normed, x = self.norm2(x, self.drop_path(self.attn(queries, keys, self.norm_v(context))))
-        with self.norm2.keep_sum(normed, x):
-            return x + self.drop_path(self.mlp(normed))
+        branch = self.drop_path(self.attn(queries, keys, self.norm_v(context)))
+        return summed(*add_norm_mlp(x, branch, self.norm2, self.mlp, self.drop_path))

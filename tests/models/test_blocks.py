@@ -10,6 +10,7 @@ from timm.layers.attention import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import nn
 
+from fastmim.models import blocks as blocks_module
 from fastmim.models.blocks import Blocks, init_weights
 from fastmim.models.position import sincos_positions
 from tests.kernels.kernel_testing import assert_error_budget
@@ -68,10 +69,12 @@ def setup(checkpointing=False):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_without_kernels_they_are_timms(checkpointing):
-    *both, x, grad = setup(checkpointing)
-    ours, theirs = (results(blocks, x, grad, torch.float32) for blocks in both)
-    for actual, expected in zip(ours, theirs, strict=True):
-        assert torch.equal(actual, expected)
+    ours, theirs, x, grad = setup(checkpointing)
+    actual = results(ours, x, grad, torch.float32)
+    native = results(theirs, x, grad, torch.float32)
+    exact = results(theirs, x, grad, torch.float64)
+    for got, expected, truth in zip(actual, native, exact, strict=True):
+        assert_error_budget(got, expected, truth)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -82,17 +85,16 @@ def test_with_kernels_they_are_timms_within_float32(launched, checkpointing):
     exact = results(theirs, x, grad, torch.float64)
     for got, expected, truth in zip(actual, native, exact, strict=True):
         assert_error_budget(got, expected, truth)
-    # Closed for the checkpoint, each block adds its first summand by itself, and its forward pass runs twice. Without
-    # one GELU alone does.
+    # Closed for the checkpoint, each block adds its first summand by itself, and its forward pass runs twice.
     norms, times = (3, 2) if checkpointing else (5, 1)
     assert launched.count("_add_layer_norm_forward_kernel") == norms * times
     assert launched.count("_add_layer_norm_backward_kernel") == norms
-    assert launched.count("_bias_gelu_forward_kernel") == 3 * 2
+    assert launched.count("_bias_gelu_forward_kernel") == 3 * times
     assert launched.count("_bias_gelu_backward_kernel") == 3
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_patches_that_are_asked_for_are_those_of_all(checkpointing):
+def test_patches_that_are_asked_for_are_those_of_all(checkpointing, monkeypatch):
     ours, theirs, x, _ = setup(checkpointing)
     ids, grad = torch.tensor([[4, 0, 5], [1, 3, 2]]), torch.randn(2, 3, 32)  # behind a cls token
     rows = (ids + 1)[..., None].expand(-1, -1, 32)
@@ -100,10 +102,15 @@ def test_patches_that_are_asked_for_are_those_of_all(checkpointing):
     wanted = results(theirs, x, grad, torch.float64, lambda blocks, x: blocks(x).gather(1, rows))
     for actual, expected in zip(found, wanted, strict=True):
         torch.testing.assert_close(actual, expected)
-    hidden = []
-    ours.layers[-1].mlp.fc2.register_forward_hook(lambda _, args, out: hidden.append(args[0].shape[1]))
+    mlp, tokens = blocks_module.norm_mlp, []
+
+    def counted(x, *args, **options):
+        tokens.append(x.shape[1])
+        return mlp(x, *args, **options)
+
+    monkeypatch.setattr(blocks_module, "norm_mlp", counted)
     ours(x, ids=ids)
-    assert hidden == [3]
+    assert tokens == [7, 7, 3]
 
 
 @torch.no_grad()

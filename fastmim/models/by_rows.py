@@ -1,0 +1,230 @@
+"""What stands around attention in a block, a few rows at a time: for a CPU.
+
+Some tokens go through norm, linears, GELU and residual addition, and then the next ones: what one operation writes is
+in the cache when another reads it. Results of norms and GELU are not kept for the backward pass, which computes them
+again. GELU's lie in the same memory from call to call: a heap that is asked for them between tensors that stay has a
+hole for each when they are freed, and glibc, which aligns a tensor within a larger block, fills none with one of the
+same size.
+"""
+
+import threading
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmim.kernels import _dispatch
+
+PART_BYTES = 8 * 2**20
+"""Of the widest result at a time."""
+
+
+def runs_by_rows(x: Tensor, *modules: nn.Module) -> bool:
+    """Whether these functions compute what the modules do: on a CPU, in one dtype.
+
+    A compiler is given the modules, which it fuses by itself, and so is autocast, which casts what they are given.
+    ZeRO-3 has the parameters of a module only while the module is called. An interpreter of kernels is asked for them.
+    """
+    if type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if _dispatch.use_triton(x):
+        return False
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    plain = all(parameter.dtype == x.dtype and not hasattr(parameter, "ds_id") for parameter in parameters)
+    return plain and not torch.is_autocast_enabled("cpu")
+
+
+def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
+    """linear(norm(x)), which keeps x. [..., D] -> [..., outputs]."""
+    return _NormLinear.apply(x, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps)
+
+
+def add_linear(x: Tensor, y: Tensor, linear: nn.Linear) -> Tensor:
+    """x + linear(y), which keeps y. [..., D], [..., inputs] -> [..., D]."""
+    return _AddLinear.apply(x, y, linear.weight, linear.bias)
+
+
+def norm_mlp(x: Tensor, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, add: bool) -> Tensor:
+    """fc2(GELU(fc1(norm(x)))), plus x where it `add`s it; keeps x and what GELU is given. [..., D] -> [..., D]."""
+    parameters = norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias
+    return _NormMLP.apply(x, *parameters, norm.eps, add)
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gain, shift, weight, bias, eps):
+        ctx.save_for_backward(x, gain, shift, weight)
+        ctx.eps = eps
+        out = x.new_empty(*x.shape[:-1], len(weight))
+        rows, out_rows = _rows(x), _rows(out)
+        for part in _parts(rows, len(weight)):
+            normed = F.layer_norm(rows[part], gain.shape, gain, shift, eps)
+            torch.addmm(bias, normed, weight.t(), out=out_rows[part])
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, gain, shift, weight = ctx.saved_tensors
+        grads, of_weight = _rows(grad), _like(weight, ctx.needs_input_grad[3])
+        norm = _NormGradient(x, gain, shift, ctx.eps)
+        for part in _parts(grads, len(weight)):
+            _add_product(of_weight, grads[part].t(), norm.forward(part), part)
+            norm.backward(_product("of_normed", grads[part], weight))
+        return *norm.gradients(), of_weight, grads.sum(0), None
+
+
+class _AddLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, weight, bias):
+        ctx.save_for_backward(y, weight)
+        out = torch.add(x, bias, out=_contiguous(x))
+        torch.addmm(_rows(out), _rows(y), weight.t(), out=_rows(out))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        y, weight = ctx.saved_tensors
+        grads = _rows(grad)
+        of_weight = grads.t() @ _rows(y) if ctx.needs_input_grad[2] else None
+        return grad, (grads @ weight).view(y.shape), of_weight, grads.sum(0)
+
+
+class _NormMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gain, shift, weight1, bias1, weight2, bias2, eps, add):
+        out = _contiguous(x)
+        if add:
+            torch.add(x, bias2, out=out)
+        else:
+            out.copy_(bias2)
+        rows, out_rows = _rows(x), _rows(out)
+        hidden = x.new_empty(len(rows), len(weight1))
+        ctx.save_for_backward(x, gain, shift, weight1, weight2, hidden)
+        ctx.eps, ctx.add = eps, add
+        for part in _parts(rows, len(weight1)):
+            normed = F.layer_norm(rows[part], gain.shape, gain, shift, eps)
+            torch.addmm(bias1, normed, weight1.t(), out=hidden[part])
+            torch.addmm(out_rows[part], _gelu(hidden[part]), weight2.t(), out=out_rows[part])
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, gain, shift, weight1, weight2, hidden = ctx.saved_tensors
+        grads = _rows(grad)
+        of_weight1, of_weight2 = (
+            _like(weight, ctx.needs_input_grad[at]) for weight, at in ((weight1, 3), (weight2, 5))
+        )
+        of_bias1 = torch.zeros(len(weight1))
+        norm = _NormGradient(x, gain, shift, ctx.eps, grads if ctx.add else None)
+        for part in _parts(grads, len(weight1)):
+            if of_weight2 is not None:
+                _add_product(of_weight2, grads[part].t(), _gelu(hidden[part]), part)
+            of_hidden = _product("of_hidden", grads[part], weight2)
+            torch.ops.aten.gelu_backward.grad_input(of_hidden, hidden[part], grad_input=of_hidden)
+            of_bias1 += of_hidden.sum(0)
+            _add_product(of_weight1, of_hidden.t(), norm.forward(part), part)
+            norm.backward(_product("of_normed", of_hidden, weight1))
+        return *norm.gradients(), of_weight1, of_bias1.to(x.dtype), of_weight2, grads.sum(0), None, None
+
+
+class _NormGradient:
+    """The gradients of a LayerNorm, a few rows at a time.
+
+    Args:
+        x: [..., D], of the norm.
+        gain, shift: [D], its parameters.
+        eps: of the norm.
+        added: [rows, D], what x is given besides.
+    """
+
+    def __init__(self, x: Tensor, gain: Tensor, shift: Tensor, eps: float, added: Tensor | None = None):
+        self._rows, self._gain, self._shift, self._eps, self._added = _rows(x), gain, shift, eps, added
+        self._of_x = _contiguous(x)
+        self._sums = torch.zeros(2, len(gain))
+
+    def forward(self, part: slice) -> Tensor:
+        """The norm of these rows."""
+        self._part = part
+        normed, *self._statistics = torch.native_layer_norm(
+            self._rows[part], self._gain.shape, self._gain, self._shift, self._eps
+        )
+        return normed
+
+    def backward(self, grad: Tensor) -> None:
+        """Take the gradient of what `forward` gave last."""
+        of_rows, *of_parameters = torch.ops.aten.native_layer_norm_backward(
+            grad,
+            self._rows[self._part],
+            self._gain.shape,
+            *self._statistics,
+            self._gain,
+            self._shift,
+            [True, True, True],
+        )
+        self._sums += torch.stack(of_parameters)
+        into = _rows(self._of_x)[self._part]
+        if self._added is None:
+            into.copy_(of_rows)
+        else:
+            torch.add(of_rows, self._added[self._part], out=into)
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of x, gain and shift."""
+        return self._of_x, *self._sums.to(self._gain.dtype)
+
+
+class _Room(threading.local):
+    """Memory that calls share: no two results of one name are needed at a time."""
+
+    def __init__(self):
+        self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """[rows, width], whose values are those of an earlier call."""
+        flat = self._flat.get((name, dtype))
+        if flat is None or flat.numel() < rows * width:
+            flat = self._flat[name, dtype] = torch.empty(rows * width, dtype=dtype)
+        return flat[: rows * width].view(rows, width)
+
+
+_room = _Room()
+
+
+def _gelu(hidden: Tensor) -> Tensor:
+    out = _room.take("active", *hidden.shape, hidden.dtype)
+    return torch.ops.aten.gelu.out(hidden, out=out)
+
+
+def _product(name: str, a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b, out=_room.take(name, len(a), b.shape[1], a.dtype))
+
+
+def _like(weight: Tensor, wanted: bool) -> Tensor | None:
+    """Where a gradient is summed, if it is wanted."""
+    return torch.empty_like(weight) if wanted else None
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, part: slice) -> None:
+    """Add a b to what is wanted; the first part begins with it."""
+    if total is not None:
+        torch.addmm(total, a, b, beta=int(part.start > 0), out=total)
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """A new tensor of the shape of x, whose rows are a view."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _parts(rows: Tensor, width: int) -> Iterator[slice]:
+    """Equal parts, of whose rows `width` numbers each are no more than `PART_BYTES`."""
+    parts = max(1, -(-len(rows) * width * rows.element_size() // PART_BYTES))
+    step = -(-len(rows) // parts)
+    return (slice(start, start + step) for start in range(0, len(rows), step))

@@ -1,0 +1,172 @@
+"""Blocks a few rows at a time: gradients against float64, what is kept, and where modules run instead."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.memory import kept_by
+from fastmim.models import blocks, by_rows
+from fastmim.models.blocks import Blocks
+from fastmim.models.by_rows import add_linear, norm_linear, norm_mlp, runs_by_rows
+
+WIDTH, HIDDEN = 16, 48
+
+
+def parts():
+    """norm, fc1, fc2 with parameters that show in every gradient, and x [3, 7, WIDTH], no multiple of any part."""
+    torch.manual_seed(0)
+    modules = nn.LayerNorm(WIDTH, eps=1e-6), nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+    for module in modules:
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    return *modules, torch.randn(3, 7, WIDTH)
+
+
+def naive_norm(x, weight, bias):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight + bias
+
+
+CASES = {
+    "norm_linear": (
+        lambda x, y, norm, fc1, fc2: norm_linear(x, norm, fc1),
+        lambda x, y, g, s, w1, b1, w2, b2: naive_norm(x, g, s) @ w1.T + b1,
+    ),
+    "add_linear": (
+        lambda x, y, norm, fc1, fc2: add_linear(x, y, fc2),
+        lambda x, y, g, s, w1, b1, w2, b2: x + y @ w2.T + b2,
+    ),
+    "norm_mlp": (
+        lambda x, y, norm, fc1, fc2: norm_mlp(x, norm, fc1, fc2, add=False),
+        lambda x, y, g, s, w1, b1, w2, b2: F.gelu(naive_norm(x, g, s) @ w1.T + b1) @ w2.T + b2,
+    ),
+    "norm_mlp, added": (
+        lambda x, y, norm, fc1, fc2: norm_mlp(x, norm, fc1, fc2, add=True),
+        lambda x, y, g, s, w1, b1, w2, b2: x + F.gelu(naive_norm(x, g, s) @ w1.T + b1) @ w2.T + b2,
+    ),
+}
+
+
+def results(function, inputs, modules, cotangent):
+    """The output and the gradients of inputs and parameters; None where there is none."""
+    out = function(*inputs, *modules)
+    leaves = [
+        *inputs,
+        *(p for module in modules for p in getattr(module, "parameters", lambda m=module: [m])()),
+    ]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    found = iter(
+        torch.autograd.grad(out, wanted, cotangent.to(out.dtype)[..., : out.shape[-1]], allow_unused=True)
+    )
+    return [out.detach(), *(next(found) if leaf.requires_grad else None for leaf in leaves)]
+
+
+def compare(case, dtype, tolerance, frozen=(), strided=False):
+    function, naive = CASES[case]
+    *modules, x = parts()
+    y, cotangent = torch.randn(3, 7, HIDDEN), torch.randn(3, 7, HIDDEN)
+    x, y, cotangent = x.to(dtype), y.to(dtype), cotangent.to(dtype)
+    modules = [module.to(dtype) for module in modules]
+    names = [f"{i}.{name}" for i, module in enumerate(modules) for name, _ in module.named_parameters()]
+    parameters = [p for module in modules for p in module.parameters()]
+    for name, parameter in zip(names, parameters, strict=True):
+        parameter.requires_grad_(name not in frozen)
+    exact = [p.detach().double().requires_grad_(p.requires_grad) for p in parameters]
+    given = [
+        (t.mT.contiguous().mT if strided else t).detach().requires_grad_(name not in frozen)
+        for t, name in ((x, "x"), (y, "y"))
+    ]
+    truth = [t.detach().double().requires_grad_(t.requires_grad) for t in given]
+    actual = results(function, given, modules, cotangent)
+    expected = results(naive, truth, exact, cotangent)
+    for got, wanted in zip(actual, expected, strict=True):
+        assert (got is None) == (wanted is None)
+        if got is not None:
+            assert got.dtype == dtype
+            error = (got.double() - wanted).abs().max() / wanted.abs().max()
+            assert error < tolerance
+
+
+@pytest.fixture(params=[1, 5, 1000], ids=["21 parts", "5 parts", "1 part"])
+def several_parts(request, monkeypatch):
+    monkeypatch.setattr(by_rows, "PART_BYTES", request.param * HIDDEN * 4)
+
+
+@pytest.mark.usefixtures("several_parts")
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_float64(case):
+    compare(case, torch.float32, 3e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_in_bf16_a_sum_over_parts_is_rounded_once_a_part(case, monkeypatch):
+    monkeypatch.setattr(by_rows, "PART_BYTES", 11 * HIDDEN * 2)  # two parts, as of a step in practice
+    compare(case, torch.bfloat16, 0.03)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_inputs_may_have_any_strides(case):
+    compare(case, torch.float32, 3e-6, strided=True)
+
+
+@pytest.mark.usefixtures("several_parts")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "frozen", [("1.weight", "2.weight"), ("x", "y"), ("0.weight", "0.bias", "1.bias", "2.bias")]
+)
+def test_what_is_frozen_has_no_gradient(case, frozen):
+    compare(case, torch.float32, 3e-6, frozen)
+
+
+def test_the_mlp_leaves_what_gelu_is_given_and_its_result():
+    norm, fc1, fc2, x = parts()
+    x.requires_grad_()
+    norm_mlp(x, norm, fc1, fc2, add=True)  # takes the memory that calls share
+    kept, _ = kept_by(lambda: norm_mlp(x, norm, fc1, fc2, add=True), torch.device("cpu"))
+    assert kept == x.nbytes + x.nbytes * HIDDEN // WIDTH
+    kept, _ = kept_by(lambda: norm_linear(x, norm, fc1), torch.device("cpu"))
+    assert kept == x.nbytes * HIDDEN // WIDTH
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.4])
+@pytest.mark.parametrize("attention", ["sdpa", "matmul"])
+@pytest.mark.parametrize("asked", [None, [[3, 1], [0, 5]]])
+def test_blocks_compute_what_their_modules_do(monkeypatch, drop_path, attention, asked):
+    torch.manual_seed(0)
+    stack = Blocks(WIDTH, 3, 4, drop_path=drop_path, attention=attention).double()
+    modules = copy.deepcopy(stack)
+    x, ids = torch.randn(2, 7, WIDTH, dtype=torch.float64), None if asked is None else torch.tensor(asked)
+    found = []
+    for one in (stack, modules):
+        torch.manual_seed(1)  # of stochastic depth
+        given = x.clone().requires_grad_()
+        out = one(given, ids=ids)
+        out.square().sum().backward()
+        found.append([out, given.grad, *(parameter.grad for parameter in one.parameters())])
+        monkeypatch.setattr(blocks, "runs_by_rows", lambda *_: False)
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_modules_run_where_something_else_is_in_charge():
+    norm, fc1, _, x = parts()
+    assert runs_by_rows(x, norm, fc1)
+    assert not runs_by_rows(x.to("meta"), norm)
+    assert not runs_by_rows(x.bfloat16(), norm)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not runs_by_rows(x, norm)
+    fc1.weight.ds_id = 0  # as ZeRO-3 marks what it shards
+    assert runs_by_rows(x, norm) and not runs_by_rows(x, norm, fc1)
+    assert not torch.compile(lambda: runs_by_rows(x, norm), backend="eager", fullgraph=True)()
+    torch.compiler.reset()
+
+
+def test_a_second_derivative_is_refused():
+    norm, fc1, fc2, x = parts()
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(norm_mlp(x, norm, fc1, fc2, add=True).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
