@@ -34,13 +34,13 @@ $(BENCHMARKS): .venv/ready data/elpv/train
 	"$(BIN)/python" benchmarks/$@.py --no-results --json runs/bench/$@.json $($@_small)
 
 attention_small := --rounds 3
-dataloading_small := --images 128 --photographs 128 --rounds 2 --cores 1 --qualities 90
-end_to_end_small := --recipe quickstart --data data/elpv/train --rounds 2 --steps 40
+dataloading_small := --images 64 --photographs 64 --rounds 1 --cores 1 --qualities 90
+end_to_end_small := --recipe quickstart --data data/elpv/train --rounds 2 --steps 30
 memory_small := --variants "ZeRO 0" "ZeRO 2" "ZeRO 3" --images 4
 scaling_small := --stages 1 --rounds 3 --images 4
-peers_small := --sizes small --modes eager --batch 8 --rounds 3
-breakdown_small := --sizes small --batch 8 --rounds 1
-visible_only_small := --sizes base --ratios --batch 4 --rounds 1
+peers_small := --sizes small --modes eager --batch 4 --rounds 3 --warmup 1
+breakdown_small := --sizes small --batch 4 --rounds 1
+visible_only_small := --sizes base --ratios --batch 2 --rounds 1
 
 bench-docs: .venv/ready
 	"$(BIN)/python" benchmarks/docs.py

@@ -3,6 +3,7 @@
 import functools
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
@@ -13,6 +14,10 @@ from fastmim.models.by_rows import add_linear, norm_linear, norm_mlp, runs_by_ro
 from fastmim.models.recompute import recompute
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
+
+
+_COMPILED_KEEPS = 0.65
+"""Share of what the compiler would keep by itself, from which it computes no product of the linears again."""
 
 
 def kernels_run(x: Tensor) -> bool:
@@ -207,9 +212,14 @@ class Blocks(nn.Module):
 
 
 def compile_each(layers: nn.ModuleList) -> None:
-    """`torch.compile` each module, however many graphs that makes: every rate of stochastic depth is one of its own."""
+    """`torch.compile` each module, however many graphs that makes: every rate of stochastic depth is one of its own.
+
+    On a CPU it keeps as little as a block that is not compiled does, and computes norms and GELU again.
+    """
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 4 * len(layers))
+    if not torch.cuda.is_available():
+        torch._functorch.config.activation_memory_budget = _COMPILED_KEEPS
     for layer in layers:
         layer.compile()
 
