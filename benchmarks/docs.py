@@ -1,7 +1,8 @@
 """Fill the tables of `benchmarks/README.md` from `benchmarks/results/*.json`; `make bench-docs` does it.
 
-A script NAME.py stores results/NAME.json and offers `tables(stored)`, the page's tables by name. A table whose rows are
-not there stays as it is.
+A script NAME.py stores results/NAME.json and offers `tables(stored)`, the page's tables by name. Rows of another machine
+stand beside it in results/NAME.MACHINE.json, where --json puts them; their tables end in _MACHINE. A table whose rows
+are not there stays as it is.
 """
 
 import importlib
@@ -28,12 +29,13 @@ def collect(results: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(results.glob("*.json")):
         stored = json.loads(path.read_text())
+        stem, _, machine = path.stem.partition(".")
         try:
-            script = importlib.import_module(f"benchmarks.{path.stem}")
-            tables = script.tables(stored)
+            tables = importlib.import_module(f"benchmarks.{stem}").tables(stored)
         except (ModuleNotFoundError, AttributeError) as error:
-            raise ValueError(f"{path}: expected benchmarks/{path.stem}.py with `tables`; {error}") from error
-        found |= {name: f"{text}\n\n{origin(stored)}" for name, text in tables.items()}
+            raise ValueError(f"{path}: expected benchmarks/{stem}.py with `tables`; {error}") from error
+        suffix = f"_{machine}" if machine else ""
+        found |= {f"{name}{suffix}": f"{text}\n\n{origin(stored)}" for name, text in tables.items()}
     return found
 
 

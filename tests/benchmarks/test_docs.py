@@ -29,6 +29,15 @@ def test_tables_come_from_stored_rows(tmp_path):
     )
 
 
+def test_rows_of_another_machine_are_tables_beside_those_of_the_first(tmp_path):
+    row = {"variant": "sdpa", "size": "ViT-B", "dtype": "float32", "median_s": 0.002, "p20_s": 0.001}
+    store(tmp_path, "attention", [row | {"p80_s": 0.003, "ratio": 1.0}])
+    store(tmp_path, "attention.h100", [row | {"median_s": 0.001, "p80_s": 0.003, "ratio": 1.0}])
+    found = docs.collect(tmp_path)
+    assert found.keys() == {"attention", "attention_h100"}
+    assert "| 2.00 |" in found["attention"] and "| 1.00 | 1.00–3.00 |" in found["attention_h100"]
+
+
 def test_a_result_of_no_script_is_refused(tmp_path):
     store(tmp_path, "nothing", [])
     with pytest.raises(ValueError, match=r"benchmarks/nothing\.py"):
@@ -58,9 +67,9 @@ def test_the_page_of_evaluation_shows_what_is_stored():
 
 def test_the_page_asks_for_tables_that_scripts_make():
     page = docs.PAGE.read_text()
-    sources = "".join(path.read_text() for path in docs.PAGE.parent.glob("*.py"))
+    sources, stored = "".join(path.read_text() for path in docs.PAGE.parent.glob("*.py")), docs.collect(RESULTS)
     for name in re.findall(r"<!-- table: (\w+) -->", page):
-        assert f'"{name}":' in sources
+        assert f'"{name}":' in sources or name in stored
 
 
 def test_backends_that_differ_are_not_compared():
