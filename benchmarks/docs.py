@@ -1,8 +1,8 @@
 """Fill the tables of `benchmarks/README.md` from `benchmarks/results/*.json`; `make bench-docs` does it.
 
-A script NAME.py stores results/NAME.json and offers `tables(stored)`, the page's tables by name. Rows of another machine
-stand beside it in results/NAME.MACHINE.json, where --json puts them; their tables end in _MACHINE. A table whose rows
-are not there stays as it is.
+A script NAME.py stores results/NAME.json and offers `tables(stored)`, the page's tables by name. Rows of another
+machine stand beside it in results/NAME.MACHINE.json, where --json puts them; their tables end in _MACHINE. A table
+whose rows are not there stays as it is.
 """
 
 import importlib

@@ -67,7 +67,10 @@ def test_the_page_of_evaluation_shows_what_is_stored():
 
 def test_the_page_asks_for_tables_that_scripts_make():
     page = docs.PAGE.read_text()
-    sources, stored = "".join(path.read_text() for path in docs.PAGE.parent.glob("*.py")), docs.collect(RESULTS)
+    sources, stored = (
+        "".join(path.read_text() for path in docs.PAGE.parent.glob("*.py")),
+        docs.collect(RESULTS),
+    )
     for name in re.findall(r"<!-- table: (\w+) -->", page):
         assert f'"{name}":' in sources or name in stored
 
