@@ -187,7 +187,8 @@ class _Room(threading.local):
         """[rows, width], whose values are those of an earlier call."""
         flat = self._flat.get((name, dtype))
         if flat is None or flat.numel() < rows * width:
-            flat = self._flat[name, dtype] = torch.empty(rows * width, dtype=dtype)
+            with torch.inference_mode(False):  # which would have it for itself
+                flat = self._flat[name, dtype] = torch.empty(rows * width, dtype=dtype)
         return flat[: rows * width].view(rows, width)
 
 

@@ -164,6 +164,16 @@ def test_modules_run_where_something_else_is_in_charge():
     torch.compiler.reset()
 
 
+def test_training_goes_on_after_inference(monkeypatch):
+    monkeypatch.setattr(by_rows, "_room", by_rows._Room())
+    norm, fc1, fc2, x = parts()
+    with torch.inference_mode():
+        seen = norm_mlp(x, norm, fc1, fc2, add=True)
+    learned = norm_mlp(x, norm, fc1, fc2, add=True)
+    learned.sum().backward()
+    assert torch.equal(seen, learned) and fc1.weight.grad.isfinite().all()
+
+
 def test_a_second_derivative_is_refused():
     norm, fc1, fc2, x = parts()
     x.requires_grad_()
