@@ -63,6 +63,9 @@ def test_a_finite_gradient_steps_as_adamw_does():
         GuardedAdamW(ours.parameters(), lr=0.1),
         torch.optim.AdamW(theirs.parameters(), lr=0.1),
     ]
+    made = {
+        parameter: optimizers[0].state[parameter]["exp_avg"].data_ptr() for parameter in ours.parameters()
+    }
     for _ in range(3):
         x = torch.randn(2, 4)
         for layer, optimizer in zip((ours, theirs), optimizers, strict=True):
@@ -72,3 +75,5 @@ def test_a_finite_gradient_steps_as_adamw_does():
     norm = torch.cat([parameter.grad.flatten() for parameter in theirs.parameters()]).norm()
     assert optimizers[0].grad_norm == pytest.approx(norm.item(), rel=1e-5)
     torch.testing.assert_close(ours.weight, theirs.weight)
+    for parameter, address in made.items():  # with the optimiser, not amid the first step
+        assert optimizers[0].state[parameter]["exp_avg"].data_ptr() == address

@@ -12,7 +12,7 @@ from fastmim.config import Config
 from fastmim.errors import ConfigError
 from fastmim.kernels import gather_patches
 from fastmim.models import Encoder
-from fastmim.models.blocks import Block, add_norm_mlp, summed
+from fastmim.models.blocks import Block, add_mlp
 from fastmim.models.position import resize_positions
 from fastmim.models.recompute import recompute
 
@@ -165,7 +165,7 @@ def _attend_and_add(block: Block, grid: tuple[int, int], window: int | None, x: 
         return block.closed(x)
     normed, x = block.norm1(x)
     branch = _join_windows(block.attn(_split_windows(normed, grid, window)), grid, window)
-    return summed(*add_norm_mlp(x, block.drop_path1(branch), block.norm2, block.mlp, block.drop_path2))
+    return add_mlp(x, block.drop_path1(branch), block.norm2, block.mlp, block.drop_path2)
 
 
 def _split_windows(x: Tensor, grid: tuple[int, int], window: int) -> Tensor:

@@ -15,9 +15,8 @@ from fastmim.models.recompute import recompute
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 
-
 _COMPILED_KEEPS = 0.65
-"""Share of what the compiler would keep by itself, from which it computes no product of the linears again."""
+"""Share of what the compiler would keep by itself: enough that it computes no product of the linears again."""
 
 
 def kernels_run(x: Tensor) -> bool:
@@ -73,12 +72,12 @@ class MLP(nn.Module):
         return self.fc2(self.fc1(x))
 
 
-def summed(x: Tensor, branch: Tensor | None) -> Tensor:
+def _summed(x: Tensor, branch: Tensor | None) -> Tensor:
     """x + branch, or x where there is none."""
     return x if branch is None else x + branch
 
 
-def add_norm_mlp(
+def _mlp_summands(
     x: Tensor, branch: Tensor | None, norm: AddLayerNorm, mlp: MLP, drop_path: nn.Module
 ) -> tuple[Tensor, Tensor | None]:
     """With x + branch as x: x + drop_path(mlp(norm(x))), in two summands of which the second may be none.
@@ -90,9 +89,14 @@ def add_norm_mlp(
     if not runs_by_rows(x, norm, mlp):
         normed, x = norm(x, branch)
         return x, drop_path(mlp(normed))
-    x, adds = summed(x, branch), isinstance(drop_path, nn.Identity)
+    x, adds = _summed(x, branch), isinstance(drop_path, nn.Identity)
     result = norm_mlp(x, norm, mlp.fc1, mlp.fc2, add=adds)
     return (result, None) if adds else (x, drop_path(result))
+
+
+def add_mlp(x: Tensor, branch: Tensor, norm: AddLayerNorm, mlp: MLP, drop_path: nn.Module) -> Tensor:
+    """As `_mlp_summands`, in one tensor."""
+    return _summed(*_mlp_summands(x, branch, norm, mlp, drop_path))
 
 
 class Block(timm_vit.Block):
@@ -131,7 +135,7 @@ class Block(timm_vit.Block):
             [B, N, D], or [B, M, D] where `ids` ask for them; and as much or None.
         """
         if runs_by_rows(x, self.norm1, self.attn):
-            x = summed(x, branch)
+            x = _summed(x, branch)
             attended = self.attn.attend(norm_linear(x, self.norm1, self.attn.qkv))
             if isinstance(self.drop_path1, nn.Identity):
                 x, branch = add_linear(x, attended, self.attn.proj), None
@@ -141,12 +145,12 @@ class Block(timm_vit.Block):
             normed, x = self.norm1(x, branch)
             branch = self.drop_path1(self.attn(normed))
         if ids is not None:
-            x, branch = gather_tokens(summed(x, branch), ids, offset=1), None
-        return add_norm_mlp(x, branch, self.norm2, self.mlp, self.drop_path2)
+            x, branch = gather_tokens(_summed(x, branch), ids, offset=1), None
+        return _mlp_summands(x, branch, self.norm2, self.mlp, self.drop_path2)
 
     def closed(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
         """The block's input [B, N, D] to its output, of the patches `ids` alone where they are given."""
-        return summed(*self(x, None, ids))
+        return _summed(*self(x, None, ids))
 
 
 class Blocks(nn.Module):
@@ -208,13 +212,14 @@ class Blocks(nn.Module):
         branch = None
         for layer, its in zip(self.layers, asked, strict=True):
             x, branch = layer(x, branch, its)
-        return summed(x, branch)
+        return _summed(x, branch)
 
 
 def compile_each(layers: nn.ModuleList) -> None:
     """`torch.compile` each module, however many graphs that makes: every rate of stochastic depth is one of its own.
 
-    On a CPU it keeps as little as a block that is not compiled does, and computes norms and GELU again.
+    On a CPU it keeps as little as a block that is not compiled does, and computes norms and GELU again. Both are
+    options of the process.
     """
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 4 * len(layers))

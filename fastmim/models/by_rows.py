@@ -48,7 +48,7 @@ def add_linear(x: Tensor, y: Tensor, linear: nn.Linear) -> Tensor:
 def norm_mlp(x: Tensor, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, add: bool) -> Tensor:
     """fc2(GELU(fc1(norm(x)))), plus x where it `add`s it; keeps x and what GELU is given. [..., D] -> [..., D]."""
     parameters = norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias
-    return _NormMLP.apply(x, *parameters, norm.eps, add)
+    return _NormMLP.apply(x, *parameters, norm.eps, add, torch.is_grad_enabled())
 
 
 class _NormLinear(torch.autograd.Function):
@@ -94,20 +94,23 @@ class _AddLinear(torch.autograd.Function):
 
 class _NormMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gain, shift, weight1, bias1, weight2, bias2, eps, add):
+    def forward(ctx, x, gain, shift, weight1, bias1, weight2, bias2, eps, add, keep):
         out = _contiguous(x)
         if add:
             torch.add(x, bias2, out=out)
         else:
             out.copy_(bias2)
         rows, out_rows = _rows(x), _rows(out)
-        hidden = x.new_empty(len(rows), len(weight1))
+        hidden = x.new_empty(len(rows), len(weight1)) if keep else None
         ctx.save_for_backward(x, gain, shift, weight1, weight2, hidden)
         ctx.eps, ctx.add = eps, add
         for part in _parts(rows, len(weight1)):
             normed = F.layer_norm(rows[part], gain.shape, gain, shift, eps)
-            torch.addmm(bias1, normed, weight1.t(), out=hidden[part])
-            torch.addmm(out_rows[part], _gelu(hidden[part]), weight2.t(), out=out_rows[part])
+            into = (
+                _room.take("hidden", len(normed), len(weight1), x.dtype) if hidden is None else hidden[part]
+            )
+            torch.addmm(bias1, normed, weight1.t(), out=into)
+            torch.addmm(out_rows[part], _gelu(into), weight2.t(), out=out_rows[part])
         return out
 
     @staticmethod
@@ -118,7 +121,7 @@ class _NormMLP(torch.autograd.Function):
         of_weight1, of_weight2 = (
             _like(weight, ctx.needs_input_grad[at]) for weight, at in ((weight1, 3), (weight2, 5))
         )
-        of_bias1 = torch.zeros(len(weight1))
+        of_bias1 = _zeros_for_sum(x, len(weight1))
         norm = _NormGradient(x, gain, shift, ctx.eps, grads if ctx.add else None)
         for part in _parts(grads, len(weight1)):
             if of_weight2 is not None:
@@ -128,7 +131,7 @@ class _NormMLP(torch.autograd.Function):
             of_bias1 += of_hidden.sum(0)
             _add_product(of_weight1, of_hidden.t(), norm.forward(part), part)
             norm.backward(_product("of_normed", of_hidden, weight1))
-        return *norm.gradients(), of_weight1, of_bias1.to(x.dtype), of_weight2, grads.sum(0), None, None
+        return *norm.gradients(), of_weight1, of_bias1.to(x.dtype), of_weight2, grads.sum(0), None, None, None
 
 
 class _NormGradient:
@@ -144,7 +147,7 @@ class _NormGradient:
     def __init__(self, x: Tensor, gain: Tensor, shift: Tensor, eps: float, added: Tensor | None = None):
         self._rows, self._gain, self._shift, self._eps, self._added = _rows(x), gain, shift, eps, added
         self._of_x = _contiguous(x)
-        self._sums = torch.zeros(2, len(gain))
+        self._sums = _zeros_for_sum(x, 2, len(gain))
 
     def forward(self, part: slice) -> Tensor:
         """The norm of these rows."""
@@ -202,6 +205,11 @@ def _gelu(hidden: Tensor) -> Tensor:
 
 def _product(name: str, a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out=_room.take(name, len(a), b.shape[1], a.dtype))
+
+
+def _zeros_for_sum(x: Tensor, *shape: int) -> Tensor:
+    """Where parts are summed: in float32 at least."""
+    return torch.zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _like(weight: Tensor, wanted: bool) -> Tensor | None:

@@ -5,15 +5,7 @@ from torch import Tensor, nn
 
 from fastmim.config import Config
 from fastmim.kernels import gather_tokens
-from fastmim.models.blocks import (
-    MLP,
-    AddLayerNorm,
-    LayerNorm,
-    add_norm_mlp,
-    compile_each,
-    init_weights,
-    summed,
-)
+from fastmim.models.blocks import MLP, AddLayerNorm, LayerNorm, add_mlp, compile_each, init_weights
 from fastmim.models.cross_attention import CrossAttention
 from fastmim.models.position import sincos_positions
 from fastmim.models.recompute import recompute
@@ -109,4 +101,4 @@ class CrossBlock(nn.Module):
         """x [B, M, width], context [B, T, context_width] -> [B, M, width]."""
         context = self.norm_context(context)
         branch = self.attn(self.norm1(x), context, context)
-        return summed(*add_norm_mlp(x, branch, self.norm2, self.mlp, nn.Identity()))
+        return add_mlp(x, branch, self.norm2, self.mlp, nn.Identity())

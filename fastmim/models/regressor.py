@@ -8,15 +8,7 @@ from fastmim.config import Config
 from fastmim.flops import cross_block_flops
 from fastmim.kernels import gather_tokens
 from fastmim.masking import Mask
-from fastmim.models.blocks import (
-    MLP,
-    AddLayerNorm,
-    LayerNorm,
-    add_norm_mlp,
-    compile_each,
-    init_weights,
-    summed,
-)
+from fastmim.models.blocks import MLP, AddLayerNorm, LayerNorm, add_mlp, compile_each, init_weights
 from fastmim.models.cross_attention import CrossAttention
 from fastmim.models.position import sincos_positions
 from fastmim.models.recompute import recompute
@@ -109,4 +101,4 @@ class RegressorBlock(nn.Module):
         keys, placed = self.norm_k(context, positions)
         queries = self.norm_q(placed[:, visible.shape[1] :])
         branch = self.drop_path(self.attn(queries, keys, self.norm_v(context)))
-        return summed(*add_norm_mlp(x, branch, self.norm2, self.mlp, self.drop_path))
+        return add_mlp(x, branch, self.norm2, self.mlp, self.drop_path)
