@@ -12,7 +12,7 @@ from fastmim.config import Config
 from fastmim.errors import ConfigError
 from fastmim.kernels import gather_patches
 from fastmim.models import Encoder
-from fastmim.models.blocks import Block, add_mlp
+from fastmim.models.blocks import Block, add_mlp, drop_path_rates
 from fastmim.models.position import resize_positions
 from fastmim.models.recompute import recompute
 
@@ -78,7 +78,7 @@ class DenseEncoder(nn.Module):
         self.blocks = _checked("blocks", blocks, depth)
         self._global = frozenset(_checked("global_blocks", global_blocks, depth))
         if drop_path is not None:
-            rates = torch.linspace(0, drop_path, depth).tolist()
+            rates = drop_path_rates(drop_path, depth)
             for block, rate in zip(encoder.blocks.layers, rates, strict=True):
                 block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
         self._set_gradients()

@@ -1,6 +1,7 @@
 """Transformer blocks, from timm, with this engine's attention and kernels; and their initialisation."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch._functorch.config
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmim.kernels import _dispatch, add_layer_norm, bias_gelu, gather_tokens
 from fastmim.models.attention import Attention
-from fastmim.models.by_rows import add_linear, norm_linear, norm_mlp, runs_by_rows
+from fastmim.models.by_rows import add_linear, norm_linear, norm_mlp, runs_by_rows, stands_for
 from fastmim.models.recompute import recompute
 
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
@@ -24,6 +25,7 @@ def kernels_run(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and _dispatch.use_triton(x)
 
 
+@stands_for()
 class AddLayerNorm(nn.LayerNorm):
     """A LayerNorm, with LayerNorm's parameters, that also makes the residual addition before it."""
 
@@ -40,6 +42,7 @@ class AddLayerNorm(nn.LayerNorm):
         return super().forward(x), x
 
 
+@stands_for()
 class LinearGELU(nn.Linear):
     """A linear, with Linear's parameters, and the exact GELU after it."""
 
@@ -50,6 +53,7 @@ class LinearGELU(nn.Linear):
         return F.gelu(super().forward(x))
 
 
+@stands_for(LinearGELU, nn.Linear)
 class MLP(nn.Module):
     """timm's two-layer MLP, with its parameter names; dropout and a norm are options it does not have.
 
@@ -180,7 +184,7 @@ class Blocks(nn.Module):
         checkpointing: bool = False,
     ):
         super().__init__()
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()  # of a model on meta too
+        rates = drop_path_rates(drop_path, depth)
         self.checkpointing = checkpointing
         self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, rate, attention) for rate in rates)
 
@@ -215,16 +219,21 @@ class Blocks(nn.Module):
         return _summed(x, branch)
 
 
-def compile_each(layers: nn.ModuleList) -> None:
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Stochastic depth of each block, rising linearly from 0 to `last`; numbers for a model on meta too."""
+    return torch.linspace(0, last, depth, device="cpu").tolist()
+
+
+def compile_each(layers: Sequence[nn.Module], keeps: float = _COMPILED_KEEPS) -> None:
     """`torch.compile` each module, however many graphs that makes: every rate of stochastic depth is one of its own.
 
-    On a CPU it keeps as little as a block that is not compiled does, and computes norms and GELU again. Both are
-    options of the process.
+    On a CPU it keeps a share of what the compiler would keep by itself: as little as a transformer block that is not
+    compiled does, which computes norms and GELU again. Both are options of the process.
     """
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 4 * len(layers))
     if not torch.cuda.is_available():
-        torch._functorch.config.activation_memory_budget = _COMPILED_KEEPS
+        torch._functorch.config.activation_memory_budget = keeps
     for layer in layers:
         layer.compile()
 
@@ -233,9 +242,10 @@ def compile_each(layers: nn.ModuleList) -> None:
 def _attention_class(backend: str) -> type[Attention]:
     # timm asks for a class and checks it with issubclass, so a partial will not do. One class per backend: blocks
     # of different classes would be compiled one by one, and past eight of them not at all.
-    return type(
+    made = type(
         "Attention", (Attention,), {"__init__": functools.partialmethod(Attention.__init__, backend=backend)}
     )
+    return stands_for(nn.Linear, nn.Linear)(made)
 
 
 def init_weights(module: nn.Module) -> None:

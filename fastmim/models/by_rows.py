@@ -8,31 +8,61 @@ same size.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+import torch.nn.modules.module as torch_modules
 from torch import Tensor, nn
 
 from fastmim.kernels import _dispatch
+from fastmim.models.tracing import wants_plain_operators
 
-PART_BYTES = 8 * 2**20
+PART_BYTES = 12 * 2**20
 """Of the widest result at a time."""
+
+_ROUNDED_PARTS = 3
+"""Parts at most whose sum is kept in 16 bits; that of more is kept in float32, which takes time."""
+
+_PARTS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {nn.LayerNorm: (), nn.Linear: ()}
+"""Modules in whose place these functions may compute -> what such a module is made of."""
+
+
+def stands_for(*parts: type[nn.Module]) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Mark a class of modules: made of these parts, in their order, it computes what these functions do."""
+
+    def mark(module: type[nn.Module]) -> type[nn.Module]:
+        _PARTS[module] = parts
+        return module
+
+    return mark
 
 
 def runs_by_rows(x: Tensor, *modules: nn.Module) -> bool:
     """Whether these functions compute what the modules do: on a CPU, in one dtype.
 
-    A compiler is given the modules, which it fuses by itself, and so is autocast, which casts what they are given.
-    ZeRO-3 has the parameters of a module only while the module is called. An interpreter of kernels is asked for them.
+    Modules that have hooks, or that somebody put in the place of ours (adapters, quantised linears), are called. So are
+    all for a compiler, which fuses them by itself; for autocast, which casts what they are given; for ZeRO-3, which has
+    a module's parameters only while it is called; and for an interpreter of kernels.
     """
-    if type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" or wants_plain_operators():
         return False
-    if _dispatch.use_triton(x):
+    if torch.is_autocast_enabled("cpu") or _dispatch.use_triton(x) or torch_modules._has_any_global_hook():
         return False
     parameters = [parameter for module in modules for parameter in module.parameters()]
     plain = all(parameter.dtype == x.dtype and not hasattr(parameter, "ds_id") for parameter in parameters)
-    return plain and not torch.is_autocast_enabled("cpu")
+    return plain and all(map(_is_untouched, modules))
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether a module and its parts are what they were built as, and nobody waits for their calls."""
+    parts = list(module.children())
+    hooks = (
+        *(module._forward_pre_hooks, module._forward_hooks),
+        *(module._backward_pre_hooks, module._backward_hooks),
+    )
+    built = _PARTS.get(type(module)) == tuple(map(type, parts)) and "forward" not in vars(module)
+    return built and not any(hooks) and all(map(_is_untouched, parts))
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
@@ -67,12 +97,14 @@ class _NormLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, gain, shift, weight = ctx.saved_tensors
-        grads, of_weight = _rows(grad), _like(weight, ctx.needs_input_grad[3])
+        grads = _rows(grad)
+        parts = _parts(grads, len(weight))
+        of_weight = _WeightGradient(weight, len(parts), ctx.needs_input_grad[3])
         norm = _NormGradient(x, gain, shift, ctx.eps)
-        for part in _parts(grads, len(weight)):
-            _add_product(of_weight, grads[part].t(), norm.forward(part), part)
+        for part in parts:
+            of_weight.add(grads[part], norm.forward(part))
             norm.backward(_product("of_normed", grads[part], weight))
-        return *norm.gradients(), of_weight, grads.sum(0), None
+        return *norm.gradients(), of_weight.total(), grads.sum(0), None
 
 
 class _AddLinear(torch.autograd.Function):
@@ -118,20 +150,21 @@ class _NormMLP(torch.autograd.Function):
     def backward(ctx, grad):
         x, gain, shift, weight1, weight2, hidden = ctx.saved_tensors
         grads = _rows(grad)
-        of_weight1, of_weight2 = (
-            _like(weight, ctx.needs_input_grad[at]) for weight, at in ((weight1, 3), (weight2, 5))
-        )
+        parts = _parts(grads, len(weight1))
+        of_weight1 = _WeightGradient(weight1, len(parts), ctx.needs_input_grad[3])
+        of_weight2 = _WeightGradient(weight2, len(parts), ctx.needs_input_grad[5])
         of_bias1 = _zeros_for_sum(x, len(weight1))
         norm = _NormGradient(x, gain, shift, ctx.eps, grads if ctx.add else None)
-        for part in _parts(grads, len(weight1)):
-            if of_weight2 is not None:
-                _add_product(of_weight2, grads[part].t(), _gelu(hidden[part]), part)
+        for part in parts:
+            if of_weight2.wanted:
+                of_weight2.add(grads[part], _gelu(hidden[part]))
             of_hidden = _product("of_hidden", grads[part], weight2)
             torch.ops.aten.gelu_backward.grad_input(of_hidden, hidden[part], grad_input=of_hidden)
             of_bias1 += of_hidden.sum(0)
-            _add_product(of_weight1, of_hidden.t(), norm.forward(part), part)
+            of_weight1.add(of_hidden, norm.forward(part))
             norm.backward(_product("of_normed", of_hidden, weight1))
-        return *norm.gradients(), of_weight1, of_bias1.to(x.dtype), of_weight2, grads.sum(0), None, None, None
+        of_bias1, of_bias2 = of_bias1.to(x.dtype), grads.sum(0)
+        return *norm.gradients(), of_weight1.total(), of_bias1, of_weight2.total(), of_bias2, None, None, None
 
 
 class _NormGradient:
@@ -180,6 +213,39 @@ class _NormGradient:
         return self._of_x, *self._sums.to(self._gain.dtype)
 
 
+class _WeightGradient:
+    """The gradient of a linear's weight, a few rows at a time.
+
+    Args:
+        weight: [outputs, inputs].
+        parts: how many are added.
+        wanted: whether anything is.
+    """
+
+    def __init__(self, weight: Tensor, parts: int, wanted: bool):
+        self.wanted, self._dtype, self._parts = wanted, weight.dtype, 0
+        dtype = torch.promote_types(self._dtype, torch.float32) if parts > _ROUNDED_PARTS else self._dtype
+        # Zeros only where there is no part to begin with.
+        make = torch.empty_like if parts else torch.zeros_like
+        self._sum = make(weight, dtype=dtype) if wanted else None
+
+    def add(self, grads: Tensor, inputs: Tensor) -> None:
+        """The part of some rows: gradients [rows, outputs] of what the linear made of inputs [rows, inputs]."""
+        if self._sum is None:
+            return
+        if self._sum.dtype == self._dtype:
+            torch.addmm(self._sum, grads.t(), inputs, beta=int(self._parts > 0), out=self._sum)
+        elif self._parts:
+            self._sum += _product("of_weight", grads.t(), inputs)
+        else:
+            self._sum.copy_(_product("of_weight", grads.t(), inputs))
+        self._parts += 1
+
+    def total(self) -> Tensor | None:
+        """In the weight's dtype; None where it is not wanted."""
+        return None if self._sum is None else self._sum.to(self._dtype)
+
+
 class _Room(threading.local):
     """Memory that calls share: no two results of one name are needed at a time."""
 
@@ -191,7 +257,7 @@ class _Room(threading.local):
         flat = self._flat.get((name, dtype))
         if flat is None or flat.numel() < rows * width:
             with torch.inference_mode(False):  # which would have it for itself
-                flat = self._flat[name, dtype] = torch.empty(rows * width, dtype=dtype)
+                flat = self._flat[name, dtype] = torch.empty(rows * width, dtype=dtype, device="cpu")
         return flat[: rows * width].view(rows, width)
 
 
@@ -209,18 +275,7 @@ def _product(name: str, a: Tensor, b: Tensor) -> Tensor:
 
 def _zeros_for_sum(x: Tensor, *shape: int) -> Tensor:
     """Where parts are summed: in float32 at least."""
-    return torch.zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _like(weight: Tensor, wanted: bool) -> Tensor | None:
-    """Where a gradient is summed, if it is wanted."""
-    return torch.empty_like(weight) if wanted else None
-
-
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor, part: slice) -> None:
-    """Add a b to what is wanted; the first part begins with it."""
-    if total is not None:
-        torch.addmm(total, a, b, beta=int(part.start > 0), out=total)
+    return x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _contiguous(x: Tensor) -> Tensor:
@@ -232,8 +287,8 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _parts(rows: Tensor, width: int) -> Iterator[slice]:
-    """Equal parts, of whose rows `width` numbers each are no more than `PART_BYTES`."""
+def _parts(rows: Tensor, width: int) -> list[slice]:
+    """Equal parts, of whose rows `width` numbers each are no more than `PART_BYTES`; none of no rows."""
     parts = max(1, -(-len(rows) * width * rows.element_size() // PART_BYTES))
-    step = -(-len(rows) // parts)
-    return (slice(start, start + step) for start in range(0, len(rows), step))
+    step = max(1, -(-len(rows) // parts))
+    return [slice(start, start + step) for start in range(0, len(rows), step)]

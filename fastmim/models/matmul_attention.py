@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastmim.models.tracing import wants_plain_operators
+
 SCORES_BYTES = 3 * 2**20
 """Scores at a time on a CPU, whose cache is to hold them from one product to the next."""
 
@@ -19,7 +21,7 @@ def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         [B, N, heads, d], in the dtype of `q`; the softmax is rounded to it.
     """
-    if torch.compiler.is_compiling():  # which chooses what is kept
+    if wants_plain_operators():  # a compiler chooses what is kept
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
         return (scores.softmax(-1) @ v).transpose(1, 2)
@@ -28,7 +30,7 @@ def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def matmul_self_attention(qkv: Tensor) -> Tensor:
     """As `matmul_attention` of qkv [B, N, 3, heads, d], whose gradient is one tensor too: nothing is put together."""
-    if torch.compiler.is_compiling():
+    if wants_plain_operators():
         return matmul_attention(*qkv.unbind(2))
     return _MatmulAttention.apply(qkv)
 

@@ -8,7 +8,15 @@ from fastmim.config import Config
 from fastmim.flops import cross_block_flops
 from fastmim.kernels import gather_tokens
 from fastmim.masking import Mask
-from fastmim.models.blocks import MLP, AddLayerNorm, LayerNorm, add_mlp, compile_each, init_weights
+from fastmim.models.blocks import (
+    MLP,
+    AddLayerNorm,
+    LayerNorm,
+    add_mlp,
+    compile_each,
+    drop_path_rates,
+    init_weights,
+)
 from fastmim.models.cross_attention import CrossAttention
 from fastmim.models.position import sincos_positions
 from fastmim.models.recompute import recompute
@@ -32,7 +40,7 @@ class Regressor(nn.Module):
         model, depth = config.model, config.objective.regressor_depth
         self.mask_token = nn.Parameter(torch.empty(1, 1, model.width))
         self.register_buffer("pos_embed", sincos_positions(model.width, config.grid), persistent=False)
-        rates = torch.linspace(0, model.drop_path, depth).tolist()
+        rates = drop_path_rates(model.drop_path, depth)
         self.layers = nn.ModuleList(
             RegressorBlock(model.width, model.heads, model.mlp_ratio, rate, attention) for rate in rates
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastmim.config import Config
 from fastmim.flops import Flops
 from fastmim.masking import Mask
+from fastmim.models.blocks import compile_each
 from fastmim.models.dvae import DVAEDecoder, DVAEEncoder, ResidualBlock, convolution_flops
 from fastmim.models.pixels import PixelScale
 from fastmim.objectives.base import Images, Trainable
@@ -79,9 +80,7 @@ class DVAE(Trainable):
 
     def compile_blocks(self) -> None:
         """`torch.compile` each residual block."""
-        for module in self.modules():
-            if isinstance(module, ResidualBlock):
-                module.compile()
+        compile_each([module for module in self.modules() if isinstance(module, ResidualBlock)], keeps=1.0)
 
     def sample_mask(self, epochs: Tensor, positions: Tensor) -> Mask:
         """Masks that remove nothing."""

@@ -102,9 +102,38 @@ def test_gradients_are_those_of_float64(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_in_bf16_a_sum_over_parts_is_rounded_once_a_part(case, monkeypatch):
+def test_in_bf16_a_sum_over_few_parts_is_rounded_once_a_part(case, monkeypatch):
     monkeypatch.setattr(by_rows, "PART_BYTES", 11 * HIDDEN * 2)  # two parts, as of a step in practice
     compare(case, torch.bfloat16, 0.03)
+
+
+def test_in_bf16_a_sum_over_many_parts_is_as_exact_as_that_of_one(monkeypatch):
+    norm, fc1, fc2, _ = parts()
+    tokens = torch.randn(4096, WIDTH)
+    modules = [module.bfloat16() for module in (norm, fc1, fc2)]
+    cotangent = torch.randn(4096, WIDTH).bfloat16()
+
+    def weights_gradients(function, x, dtype):
+        leaves = [m.weight.detach().to(dtype).requires_grad_() for m in modules[1:]]
+        out = function(x.to(dtype), *leaves)
+        return [g.double() for g in torch.autograd.grad(out, leaves, cotangent.to(dtype))]
+
+    def naive(x, w1, w2):
+        g, s, b1, b2 = (p.to(x.dtype) for p in (norm.weight, norm.bias, fc1.bias, fc2.bias))
+        return F.gelu(F.layer_norm(x, (WIDTH,), g, s, 1e-6) @ w1.T + b1) @ w2.T + b2
+
+    def fused(x, w1, w2):
+        return by_rows._NormMLP.apply(
+            x, norm.weight, norm.bias, w1, fc1.bias, w2, fc2.bias, 1e-6, False, True
+        )
+
+    x = tokens.bfloat16()
+    exact = weights_gradients(naive, x, torch.float64)
+    one = weights_gradients(naive, x, torch.bfloat16)
+    monkeypatch.setattr(by_rows, "PART_BYTES", 64 * HIDDEN * 2)
+    many = weights_gradients(fused, x, torch.bfloat16)
+    for truth, native, ours in zip(exact, one, many, strict=True):
+        assert (ours - truth).abs().max() < 2 * (native - truth).abs().max()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -167,6 +196,110 @@ def test_modules_run_where_something_else_is_in_charge():
     assert runs_by_rows(x, norm) and not runs_by_rows(x, norm, fc1)
     assert not torch.compile(lambda: runs_by_rows(x, norm), backend="eager", fullgraph=True)()
     torch.compiler.reset()
+
+
+class Adapted(nn.Linear):
+    """A linear with a low-rank addition, as adapters have it."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.load_state_dict(linear.state_dict())
+        self.down, self.up = (
+            nn.Parameter(torch.randn(2, n)) for n in (linear.in_features, linear.out_features)
+        )
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.down.T @ self.up
+
+
+class Doubled(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+class Scaled(blocks.AddLayerNorm):
+    """A norm of somebody else, which is one of ours by its class's ancestors alone."""
+
+    def forward(self, x, branch=None):
+        normed, x = super().forward(x, branch)
+        return 2 * normed, x
+
+
+REPLACED = {
+    **{path: Adapted for path in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")},
+    **{"mlp.fc1 ": lambda fc1: nn.Linear(WIDTH, fc1.out_features), "mlp": Doubled},
+    **{"mlp ": lambda mlp: nn.Identity(), "norm2": lambda norm: Scaled(WIDTH)},
+}
+
+
+@pytest.mark.parametrize(("path", "make"), REPLACED.items(), ids=map(str.strip, REPLACED))
+def test_what_somebody_put_in_a_part_s_place_is_called(monkeypatch, path, make):
+    torch.manual_seed(0)
+    stack, x = Blocks(WIDTH, 1, 4), torch.randn(2, 7, WIDTH)
+    before = stack(x)
+    owner, _, name = path.strip().rpartition(".")
+    owner = stack.layers[0].get_submodule(owner)
+    setattr(owner, name, make(getattr(owner, name)))
+    found = stack(x)
+    assert not torch.allclose(found, before)
+    monkeypatch.setattr(blocks, "runs_by_rows", lambda *_: False)
+    torch.testing.assert_close(found, stack(x))
+
+
+@pytest.mark.parametrize(
+    "path", ["norm1", "attn", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc1", "mlp.fc2"]
+)
+def test_hooks_are_called(path):
+    block, calls = Blocks(WIDTH, 1, 4), []
+    module = block.layers[0].get_submodule(path)
+    handles = [
+        module.register_forward_pre_hook(lambda *_: calls.append("before")),
+        module.register_forward_hook(lambda *_: calls.append("after")),
+    ]
+    block(torch.randn(2, 7, WIDTH))
+    assert calls == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+    assert runs_by_rows(torch.randn(2, 7, WIDTH), module)
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert not runs_by_rows(torch.randn(2, 7, WIDTH), module)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+@pytest.mark.parametrize("attention", ["sdpa", "matmul"])
+def test_transforms_and_tracers_see_plain_operators(attention):
+    torch.manual_seed(0)
+    block, x = Blocks(WIDTH, 1, 4, attention=attention), torch.randn(2, 7, WIDTH)
+    parameters = dict(block.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(block, parameters, (x,)).square().sum()
+
+    found = torch.func.grad(loss)(parameters, x)
+    loss(parameters, x).backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(found[name], parameter.grad)
+    assert torch.allclose(torch.jit.trace(block, x)(x), block(x), atol=1e-6)
+
+
+def test_a_default_device_changes_nothing(monkeypatch):
+    monkeypatch.setattr(by_rows, "_room", by_rows._Room())
+    norm, fc1, fc2, x = parts()
+    with torch.device("meta"):
+        found = norm_mlp(x, norm, fc1, fc2, add=True)
+        found.sum().backward()
+    assert torch.equal(found, norm_mlp(x, norm, fc1, fc2, add=True)) and fc1.weight.grad.device.type == "cpu"
+
+
+def test_of_no_rows_come_none():
+    norm, fc1, fc2, x = parts()
+    out = norm_mlp(x[:0], norm, fc1, fc2, add=True)
+    out.sum().backward()
+    assert out.shape == (0, 7, WIDTH) and not fc1.weight.grad.any() and not fc2.weight.grad.any()
 
 
 def test_training_goes_on_after_inference(monkeypatch):
