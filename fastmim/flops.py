@@ -7,8 +7,11 @@ import torch
 
 from fastmim.config import Config
 
-# Dense bf16 tensor-core peaks in TFLOP/s, from the makers' data sheets.
-PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0, "RTX 4090": 165.0}
+# Dense bf16 tensor-core peaks in TFLOP/s, from the makers' data sheets; the first name that a device has counts.
+PEAK_TFLOPS = {
+    **{"H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0},
+    **{"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0, "RTX 4090": 165.0},
+}
 
 _PEAK_SIDE = {"cuda": 8192, "cpu": 2048}
 _PEAK_REPEATS = 10

@@ -37,7 +37,7 @@ class GuardedAdamW(torch.optim.AdamW):
     Args:
         params: parameter groups.
         clip_grad: largest gradient norm; None does not clip.
-        options: of `torch.optim.AdamW`.
+        options: of `torch.optim.AdamW`, but for `amsgrad` and `fused`.
 
     Attributes:
         grad_norm: float32 scalar, the 2-norm of the last step's gradient before it was clipped.
@@ -48,6 +48,7 @@ class GuardedAdamW(torch.optim.AdamW):
     found_inf: Tensor
 
     def __init__(self, params, clip_grad: float | None = None, **options):
+        assert not options.get("amsgrad"), "the state of amsgrad is not made here"
         super().__init__(params, fused=True, **options)
         self.clip_grad = clip_grad
         # Made now: a first step would put them between what it is about to free, and a CPU's heap has to grow then.
@@ -59,11 +60,12 @@ class GuardedAdamW(torch.optim.AdamW):
             }
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """Update the parameters, unless a gradient is infinite or not a number."""
+    def step(self, closure: None = None) -> None:
+        """Update the parameters, unless a gradient is infinite or not a number; gradients are there before."""
+        assert closure is None, "what a closure computes would be looked at before it is computed"
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         self.grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, self.grad_norm)
         self.found_inf = (~self.grad_norm.isfinite()).float()
-        return super().step(closure)
+        super().step()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastmim.config import Config
+from fastmim.deepspeed_fragment import stage_in_effect
 from fastmim.errors import ConfigError, FastmimError
 from fastmim.flops import measure_peak_flops
 from fastmim.manifest import write_durably
@@ -170,7 +171,7 @@ class _Measurement:
             steps=self._steps,
             source=trainer.index.kind,
             threads=config.data.threads or cores_per_rank(),
-            zero_stage=config.zero_stage,
+            zero_stage=stage_in_effect(config.deepspeed, trainer.precision, trainer.ranks.world_size),
             parameters=sum(getattr(p, "ds_numel", p.numel()) for p in trainer.objective.parameters()),
             checkpointing=config.train.activation_checkpointing,
             compiled=config.train.compile,
