@@ -39,7 +39,7 @@ class DataConfig(Section):
     samples_per_epoch: Positive | None = None
     """Images that make an epoch; the size of the set unless given."""
     max_bad_fraction: float = Field(0.01, ge=0, lt=1)
-    """Share of distinct images that may fail to decode before the run aborts."""
+    """Share of distinct images that may fail to decode before the run aborts; unless 0, one image of a small set."""
     max_pixels: int = Field(178_956_970, gt=0)
     """Images of more pixels than this are left out by the index."""
     max_file_bytes: int = Field(256 * 2**20, gt=0)
@@ -48,6 +48,10 @@ class DataConfig(Section):
     """Decoding threads per rank; the machine's cores over its ranks unless given."""
     prefetch: int = Field(2, gt=0)
     """Batches decoded ahead."""
+
+    def allowed_bad(self, images: int) -> int:
+        """How many of a set of images may fail to decode."""
+        return max(int(self.max_bad_fraction * images), 1 if self.max_bad_fraction else 0)
 
     @model_validator(mode="before")
     @classmethod

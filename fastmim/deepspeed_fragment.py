@@ -77,3 +77,8 @@ def check_fragment(fragment: dict[str, Any]) -> None:
     stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise ValueError(f"deepspeed.zero_optimization.stage={stage!r}; expected 0, 1, 2 or 3")
+    if stage == 0 and offloads_optimizer(fragment):
+        raise ValueError(
+            "deepspeed.zero_optimization.offload_optimizer without ZeRO; "
+            "expected deepspeed.zero_optimization.stage=1, 2 or 3"
+        )

@@ -54,7 +54,10 @@ def describe(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def publish(run: Path, step: int, manifest: dict[str, Any], keep: int) -> Path:
-    """Make a written checkpoint the newest: manifest, flush, rename, pointer; then drop all but `keep`."""
+    """Make a written checkpoint the newest: manifest, flush, rename, pointer; then drop older ones but `keep` - 1.
+
+    One of a later step stays and does not count: it was damaged, or the run would have gone on from there.
+    """
     written, path = unfinished_path(run, step), checkpoint_path(run, step)
     write_durably(written / MANIFEST, json.dumps(manifest, indent=1))
     for folder in [written, *(entry for entry in written.rglob("*") if entry.is_dir())]:
@@ -64,19 +67,35 @@ def publish(run: Path, step: int, manifest: dict[str, Any], keep: int) -> Path:
     written.rename(path)
     _flush_folder(path.parent)
     write_durably(run / "latest", path.name + "\n")
-    for old in [other for other in list_checkpoints(run) if other != path][keep - 1 :]:
-        shutil.rmtree(old)
+    for old in [other for other in list_checkpoints(run) if other.name < path.name][keep - 1 :]:
+        _delete(old)
     return path
 
 
+def _delete(folder: Path) -> None:
+    """Delete what is not needed; if that fails, the run goes on."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        logger.warning("%s cannot be deleted (%s)", folder, error.strerror or error)
+
+
 def write_durably(path: Path, text: str) -> None:
-    """Replace a small file so that a crash leaves the old one or the new one."""
+    """Replace a small file so that a crash leaves the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written; the error names it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names none
+        raise
     _flush_folder(path.parent)
 
 
@@ -124,7 +143,7 @@ def remove_unfinished(run: Path) -> None:
     """Delete what a killed run was writing."""
     for leftover in (run / "checkpoints").glob(f"{_UNFINISHED}*"):
         logger.info("removing %s, a checkpoint that was never finished", leftover.name)
-        shutil.rmtree(leftover)
+        _delete(leftover)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -201,7 +220,7 @@ def find(run: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
         resume: auto, none, or the path of a run or checkpoint.
 
     Raises:
-        CheckpointError: PATH holds none, or `none` would mix two runs in one folder.
+        CheckpointError: PATH holds none, `none` would mix two runs in one folder, or `auto` finds damaged ones only.
     """
     if resume not in ("auto", "none"):
         checkpoint, manifest = resolve(Path(resume))
@@ -217,7 +236,14 @@ def find(run: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
             )
         return checkpoint, manifest
     if resume == "auto":
-        return newest_whole(run)
+        found = newest_whole(run)
+        if found is None and (damaged := list_checkpoints(run)):
+            names = ", ".join(path.name for path in damaged)
+            raise CheckpointError(
+                f"{run} holds damaged checkpoints only ({names}; the log tells why), which a run that began anew would "
+                "overwrite; repair or remove them, or give another output"
+            )
+        return found
     if list_checkpoints(run):
         raise CheckpointError(
             f"--resume none: {run} already holds checkpoints; expected another output, or --resume auto"

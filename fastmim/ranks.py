@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,9 @@ def local_world_size() -> int:
 def cores_per_rank() -> int:
     """CPU cores for each rank of this node, of those that this process may use."""
     return max(1, len(os.sched_getaffinity(0)) // local_world_size())
+
+
+_PATIENCE = timedelta(days=1)
 
 
 class Ranks:
@@ -57,8 +61,13 @@ class Ranks:
         return self.rank == 0
 
     def open_host_group(self) -> None:
-        """Make the gloo group; every rank calls it, once, after the default group exists."""
-        self._host_group = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        """Make the gloo group; every rank calls it, once, after the default group exists.
+
+        Ranks wait in it for what one does alone, such as a first scan of millions of files: longer than half an hour,
+        which gloo would wait.
+        """
+        if self.world_size > 1:
+            self._host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def barrier(self) -> None:
         """Wait for every rank."""

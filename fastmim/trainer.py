@@ -108,6 +108,7 @@ class Trainer:
         self.ema = EMA(checkpoints.master_tensors(self.engine), decay) if decay else None
         self.step, self.skipped = 0, 0
         self.bad: dict[int, str] = {}
+        self._aborting: TrainingAborted | None = None
         if found is not None:
             folder, manifest = found
             checkpoints.load(self.engine, folder, self.ema)
@@ -126,6 +127,7 @@ class Trainer:
             world_size=ranks.world_size,
             device=ranks.device,
             start_step=self.step,
+            ends_with_ranks=True,
         )
         epoch = self.loader.samples_per_epoch
         self.total_steps = -(-int(config.optim.epochs * epoch) // config.optim.batch_size)
@@ -155,29 +157,37 @@ class Trainer:
         # A signal that came while the run was set up ends it before a step.
         stop = self.ranks.start_flags(signals.received is not None).wait()[0]
         while self.step < self.last_step and not stop:
-            flags = self.ranks.start_flags(signals.received is not None, self._is_save_due(saved_at))
+            flags = self.ranks.start_flags(
+                signals.received is not None, self._is_save_due(saved_at), self.loader.failed is not None
+            )
             lr = self._set_learning_rate()
             self.objective.progress = self.step / self.total_steps
             recent.append((self.step + 1, self._train_step(batches)))
             self.step += 1
             if profiler is not None:
                 profiler.step()
-            stop, save = flags.wait()
-            ending = stop or self.step == self.last_step
+            stop, save, failed = flags.wait()
+            ending = stop or failed or self.step == self.last_step
             if ending or self.step % config.log.every_steps == 0:
                 self._log(lr, recent)
             every = config.checkpoint.every_steps
             started = time.perf_counter()
-            if ending or save or (every and self.step % every == 0):
+            aborting = self._too_many_bad(failed)
+            if ending or save or aborting or (every and self.step % every == 0):
                 self._save()
                 saved_at = time.monotonic()
+            if aborting:
+                raise aborting
             every = config.log.reconstruct_every_steps
             if every and (self.step == self.last_step or self.step % every == 0):
                 self._draw()
             window.pause(time.perf_counter() - started)
         if stop:
             signals.received = signals.received or signal.SIGTERM  # another rank's is this one's too
-            logger.info("stopped by a signal after step %d; the same command goes on from there", self.step)
+            logger.info(
+                "stopped by a signal after step %d; the same command goes on from there, with --resume auto",
+                self.step,
+            )
         if profiler is not None:
             profiler.stop()
 
@@ -257,18 +267,32 @@ class Trainer:
     def _gather_bad_images(self) -> None:
         """Count over all ranks, and over the run's parts, the images that could not be decoded.
 
-        Raises:
-            TrainingAborted: more than `data.max_bad_fraction` of the set, with their names.
+        Those that are too many are not stored with the run: it can go on when they are repaired.
         """
-        for found in self.ranks.gather({sample: self.index.name(sample) for sample in self.loader.bad}):
-            self.bad |= found
-        allowed = int(self.config.data.max_bad_fraction * len(self.index))
-        if len(self.bad) > allowed:
-            raise TrainingAborted(
-                f"{len(self.bad)} of {len(self.index)} images cannot be decoded; expected at most {allowed} "
-                f"(data.max_bad_fraction={self.config.data.max_bad_fraction:g}): {', '.join(self.bad.values())}",
-                everywhere=True,
+        found = dict(self.bad)
+        for bad in self.ranks.gather({sample: self.index.name(sample) for sample in self.loader.bad}):
+            found |= bad
+        allowed = self.config.data.allowed_bad(len(self.index))
+        if len(found) <= allowed:
+            self.bad = found
+        elif self._aborting is None:
+            self._aborting = TrainingAborted(
+                f"{len(found)} of {len(self.index)} images cannot be decoded; expected at most {allowed} "
+                f"(data.max_bad_fraction={self.config.data.max_bad_fraction:g}): {', '.join(found.values())}"
             )
+
+    def _too_many_bad(self, failed: bool) -> TrainingAborted | None:
+        """Why the run ends for its images, the same on all ranks; its state is saved before.
+
+        Args:
+            failed: whether the loader of some rank has no further batches.
+        """
+        if failed:
+            found = [error for error in self.ranks.gather(self.loader.failed) if error is not None]
+            self._aborting = found[0]
+        if self._aborting is not None:
+            self._aborting.everywhere = True
+        return self._aborting
 
     def _gradient_norm(self) -> float | None:
         norm = self.engine.get_global_grad_norm()

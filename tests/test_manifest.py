@@ -85,3 +85,42 @@ def test_durable_writes_leave_no_temporary(tmp_path):
     manifests.write_durably(tmp_path / "latest", "two")
     assert [entry.name for entry in tmp_path.iterdir()] == ["latest"]
     assert (tmp_path / "latest").read_text() == "two"
+
+
+def test_damaged_checkpoints_alone_are_no_reason_to_begin_anew(tmp_path):
+    assert manifests.find(tmp_path, "auto") is None
+    for step in (5, 10):
+        (write(tmp_path, step) / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"damaged checkpoints only \(step-000000010, step-000000005; "):
+        manifests.find(tmp_path, "auto")
+
+
+def test_a_damaged_checkpoint_of_a_later_step_takes_no_whole_one_s_place(tmp_path):
+    write(tmp_path, 50)
+    (write(tmp_path, 100) / "model.safetensors").unlink()
+    for step in (60, 70):
+        write(tmp_path, step, keep=2)
+    names = [path.name[-3:] for path in manifests.list_checkpoints(tmp_path)]
+    assert names == ["100", "070", "060"]
+    write(tmp_path, 100, keep=2)  # overtakes it
+    assert manifests.find(tmp_path, "auto")[1]["step"] == 100
+    assert len(manifests.list_checkpoints(tmp_path)) == 2
+
+
+def test_a_checkpoint_that_cannot_be_deleted_ends_nothing(tmp_path, monkeypatch, caplog):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", f"{path}/model.safetensors")
+
+    write(tmp_path, 5)
+    monkeypatch.setattr(manifests.shutil, "rmtree", refuse)
+    assert write(tmp_path, 10, keep=1).name == "step-000000010"
+    assert f"{tmp_path}/checkpoints/step-000000005 cannot be deleted (Permission denied)" in caplog.text
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(manifests.os, "fsync", refuse)
+    with pytest.raises(OSError, match=r"No space left on device: .*latest"):
+        manifests.write_durably(tmp_path / "latest", "step-5")

@@ -12,7 +12,17 @@ from PIL import Image
 
 from fastmim import recipes
 from fastmim.engine import deepspeed_config
-from tests.launching import TINY_YAML, environment, launch, losses, records, train, write_images
+from tests.launching import (
+    TINY_YAML,
+    environment,
+    launch,
+    losses,
+    records,
+    start,
+    train,
+    wait_for,
+    write_images,
+)
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +282,29 @@ def test_too_many_bad_images_end_the_run_with_their_names(tmp_path):
     told = done.stdout[done.stdout.index("launch.py: ") :]
     assert "4 of 16 images cannot be decoded; expected at most 3 (data.max_bad_fraction=0.2)" in told
     assert told.count(".jpg: ") == 4 and "Traceback" not in done.stdout
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_where_storage_fails_the_run_is_saved_and_goes_on_later(tmp_path, ranks):
+    (tmp_path / "tiny.yaml").write_text(TINY_YAML)
+    folder, away = write_images(tmp_path / "images", 64, suffix=".png"), tmp_path / "away"
+    arguments = ["data.source=images", "output=run", "log.every_steps=1", "optim.epochs=2000"]
+    log = tmp_path / "background.log"
+    process = start(tmp_path / "tiny.yaml", *arguments, ranks=ranks)
+    wait_for(lambda: " step 3/" in log.read_text(), process)
+    folder.rename(away)
+    process.wait(300)
+    told = log.read_text()
+    assert process.returncode == 3, told
+    messages = [line for line in told.splitlines() if line.startswith("launch.py: ")]
+    assert len(messages) == 1 and "images cannot be decoded; expected at most 1" in messages[0], told
+    assert "Traceback" not in told
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step-"))
+    assert step >= 3
+    away.rename(folder)
+    done = launch(tmp_path / "tiny.yaml", *arguments, f"train.max_steps={step + 4}", ranks=ranks)
+    assert done.returncode == 0 and f"resuming after step {step} of " in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 2), ("bf16", 1), ("bf16", 2)])

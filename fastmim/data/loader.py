@@ -61,6 +61,12 @@ class Loader:
         device: where the images are needed; CUDA decodes there.
         start_step: first step.
         threads: CPU threads of DALI; `config.threads`, or the cores of each rank, unless given.
+        ends_with_ranks: where too many images are bad, the last batch is given again instead of an error, so that the
+            ranks can end together; whoever reads batches looks at `failed`.
+
+    Attributes:
+        bad: why each image that could not be decoded on this rank could not.
+        failed: the error, where the last batch is given again.
     """
 
     def __init__(
@@ -78,14 +84,17 @@ class Loader:
         device: torch.device,
         start_step: int = 0,
         threads: int | None = None,
+        ends_with_ranks: bool = False,
     ):
         self.index, self.config = index, config
         self._crops = repeats if repeat_crops else 1
         self.schedule = Schedule(index.heights, index.widths, seed, config, self._crops)
         self.samples_per_epoch = self.schedule.samples_per_epoch
         self.bad: dict[int, str] = {}
-        """Why each image that could not be decoded on this rank could not."""
-        self._allowed_bad = int(config.max_bad_fraction * len(index))
+        self.failed: TrainingAborted | None = None
+        self._ends_with_ranks = ends_with_ranks
+        self._last: Batch | None = None
+        self._allowed_bad = config.allowed_bad(len(index))
         self._repeats, self._decoded = repeats, micro_batch // repeats
         self._rank, self._world_size = rank, world_size
         self._device = exact_device(device)
@@ -98,9 +107,16 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         while not self._closed:
-            while len(self._ahead) < self.config.prefetch:
-                self._start(self._without_bad(next(self._plans), self.bad))
-            yield self._collect()
+            if self.failed is None:
+                try:
+                    while len(self._ahead) < self.config.prefetch:
+                        self._start(self._without_bad(next(self._plans), self.bad))
+                    self._last = self._collect()
+                except TrainingAborted as error:
+                    if self._last is None or not self._ends_with_ranks:
+                        raise
+                    self.failed = error
+            yield self._last
 
     def close(self) -> None:
         """Stop decoding and free the pipeline."""
@@ -245,7 +261,7 @@ def load_images(
     if spread:
         rows = rows * len(index) // n
     device, size = torch.device("cpu"), min(n, _LOAD_BATCH)
-    allowed = min(int(config.max_bad_fraction * len(index)), n - 1) if skip_bad else 0
+    allowed = min(config.allowed_bad(len(index)), n - 1) if skip_bad else 0
     batches = [rows[first : first + size] for first in range(0, n, size)]
     plans = deque(schedule.plan_of(np.zeros_like(batch), batch, batch) for batch in batches)
     images, bad, decoder = [], {}, None

@@ -15,6 +15,9 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from fastmim.data.exif import read_orientation
 
+UNREADABLE = "cannot be read"
+"""How a reason begins that is not the file's: it may be readable at the next start."""
+
 _TAIL_BYTES = 65536
 
 # The formats that DALI decodes, told by their first bytes: names are no evidence. Opening the plugin's class
@@ -150,4 +153,4 @@ def read_path(path: str | bytes, size: int) -> Header:
         with open(path, "rb") as file:
             return read_header(file, size)
     except OSError as error:
-        return Header(reason=f"cannot be read ({error.strerror or os.strerror(error.errno or 0)})")
+        return Header(reason=f"{UNREADABLE} ({error.strerror or os.strerror(error.errno or 0)})")

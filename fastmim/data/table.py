@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmim.data.scan import Header
+from fastmim.data.scan import UNREADABLE, Header
 
 _VERSION = 1
 logger = logging.getLogger("fastmim")
@@ -180,8 +180,12 @@ _COLUMNS = ("sizes", "mtimes", "offsets", "classes", "heights", "widths", "modes
 
 
 def store_table(path: Path, table: Table, notes: list[tuple[str, str]]) -> None:
-    """Write a table and its notes; other processes see the old file or the whole new one."""
-    texts = Names.pack(reason.encode("utf-8", "replace") for reason in table.reasons.values())
+    """Write a table and its notes; other processes see the old file or the whole new one.
+
+    Files that could not be opened or read are not told: they are tried again at the next start.
+    """
+    reasons = {row: reason for row, reason in table.reasons.items() if not reason.startswith(UNREADABLE)}
+    texts = Names.pack(reason.encode("utf-8", "replace") for reason in reasons.values())
     pairs = (part for note in notes for part in note)
     packed = Names.pack(part.encode("utf-8", "surrogateescape") for part in pairs)
     temporary = None
@@ -196,7 +200,7 @@ def store_table(path: Path, table: Table, notes: list[tuple[str, str]]) -> None:
                 name_ends=table.names.ends,
                 reasons=texts.blob,
                 reason_ends=texts.ends,
-                reason_rows=np.array(list(table.reasons), np.int64),
+                reason_rows=np.array(list(reasons), np.int64),
                 notes=packed.blob,
                 note_ends=packed.ends,
                 **{name: getattr(table, name) for name in _COLUMNS},

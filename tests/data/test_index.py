@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastmim.data import scan
 from fastmim.errors import DataError
 
 
@@ -67,6 +68,21 @@ def test_only_a_changed_file_is_read_again(make_folder, photo, index_of, reads, 
     assert len(reads) == 13
     index_of(folder, refresh=True)
     assert len(reads) == 23
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(make_folder, index_of, monkeypatch):
+    folder = make_folder(3)
+    opened = scan.read_header
+
+    def refuse(file, size):
+        if b"001." in file.name:
+            raise PermissionError(13, "Permission denied")
+        return opened(file, size)
+
+    monkeypatch.setattr(scan, "read_header", refuse)
+    assert len(index_of(folder)) == 2
+    monkeypatch.setattr(scan, "read_header", opened)
+    assert len(index_of(folder)) == 3
 
 
 def test_limits_may_change_without_reading_again(make_folder, index_of, reads):

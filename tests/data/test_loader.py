@@ -241,6 +241,21 @@ def test_too_many_bad_images_abort_with_their_names(damaged, configure):
         assert broken.name(row) in str(error.value)
 
 
+def test_a_rank_that_has_no_further_batches_goes_on_with_its_last(index, configure):
+    loader = make_loader(index, configure(), ends_with_ranks=True)
+    batches = iter(loader)
+    good = [next(batches) for _ in range(3)]
+    assert loader.failed is None
+    for row in range(len(index)):
+        Path(index.name(row)).unlink()
+    while loader.failed is None:
+        good.append(next(batches))
+    last = next(batches)
+    assert_same(last, good[-1])
+    assert "images cannot be decoded; expected at most 1" in str(loader.failed)
+    loader.close()
+
+
 def test_a_set_without_a_good_image_aborts(damaged, configure):
     config = configure(max_bad_fraction=0.99)
     _, broken, _ = damaged(config, ruined=range(40))
