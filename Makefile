@@ -31,7 +31,7 @@ kernels: .venv/ready
 	"$(BIN)/python" benchmarks/$@.py --cpu --dtypes float32 --rounds 5 --json runs/bench/$@.json
 
 $(BENCHMARKS): .venv/ready data/elpv/train
-	"$(BIN)/python" benchmarks/$@.py --no-results --json runs/bench/$@.json $($@_small)
+	"$(BIN)/python" benchmarks/$@.py --json runs/bench/$@.json $($@_small)
 
 attention_small := --rounds 3
 dataloading_small := --images 64 --photographs 64 --rounds 1 --cores 1 --qualities 90

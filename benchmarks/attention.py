@@ -19,7 +19,6 @@ from torch import Tensor
 
 from benchmarks import harness, report
 from benchmarks.markdown import table
-from fastmim.flops import measure_peak_flops
 from fastmim.models.attention import attend
 
 SHAPES = {  # batch, tokens, heads, head width
@@ -30,55 +29,58 @@ SHAPES = {  # batch, tokens, heads, head width
 }
 BASELINE = "sdpa"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""Largest difference of two backends' results, over the largest value."""
+"""Largest difference of two backends' results, or gradients, over the largest value."""
 
 
-def contender(qkv: Tensor, gradient: Tensor, backend: str) -> Callable[[], Tensor]:
-    """A forward and backward pass; returns the result."""
+def contender(qkv: Tensor, gradient: Tensor, backend: str) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A forward and backward pass; returns the result and the gradient of qkv."""
 
-    def run() -> Tensor:
+    def run() -> tuple[Tensor, Tensor]:
         qkv.grad = None
         result = attend(*qkv.unbind(2), backend).reshape(gradient.shape)
         result.backward(gradient)
-        return result.detach()
+        return result.detach(), qkv.grad
 
     return run
 
 
-def require_same(contenders: dict[str, Callable[[], Tensor]], tolerance: float) -> None:
-    """Refuse to compare backends whose results differ."""
-    wanted = contenders[BASELINE]().float()
+def require_same(contenders: dict[str, Callable[[], tuple[Tensor, Tensor]]], tolerance: float) -> None:
+    """Refuse to compare backends whose results or gradients differ."""
+    wanted = contenders[BASELINE]()
     for name, run in contenders.items():
-        off = float((run().float() - wanted).abs().max() / wanted.abs().max())
-        if off > tolerance:
-            sys.exit(
-                f"{name} differs from {BASELINE} by {off:.2g}; expected at most {tolerance:g}: no speed-up is told"
-            )
+        for what, own, other in zip(("result", "gradient"), run(), wanted, strict=True):
+            off = float((own.float() - other.float()).abs().max() / other.float().abs().max())
+            if not off <= tolerance:
+                sys.exit(
+                    f"the {what} of {name} differs from that of {BASELINE} by {off:.2g}; expected at most "
+                    f"{tolerance:g}: no speed-up is told"
+                )
 
 
 def measure(
-    label: str, dtype: torch.dtype, backends: list[str], rounds: int, device: str, peak: float
+    label: str, precision: str, backends: list[str], rounds: int, device: str, rate: report.PeakRate
 ) -> list[dict]:
-    """A row of each backend; `peak` is the FLOP/s of a large product."""
+    """A row of each backend."""
+    dtype = harness.DTYPES[precision]
     batch, tokens, heads, width = SHAPES[label]
     qkv = torch.randn(batch, tokens, 3, heads, width, dtype=dtype, device=device, requires_grad=True)
     gradient = torch.randn(batch, tokens, heads * width, dtype=dtype, device=device)
     contenders = {backend: contender(qkv, gradient, backend) for backend in backends}
     require_same(contenders, TOLERANCE[dtype])
     samples = harness.time_in_turns(contenders, device, rounds)
+    rate.measure(precision)
     # Scores and weighted values, and twice as much in the backward pass.
     flops = 3 * 4 * batch * heads * tokens * tokens * width
     return [
         report.timed_row(
             backend,
             f"{label} {SHAPES[label]}",
-            str(dtype).removeprefix("torch."),
+            precision,
             samples[backend],
             baseline=samples[BASELINE],
             images=batch,
             flops=flops,
             baseline_flops=flops,
-            peak_flops=peak,
         )
         for backend in backends
     ]
@@ -115,12 +117,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backends = [BASELINE, "matmul"] + (["xformers"] if device == "cuda" else [])
-    rows = []
-    for dtype in harness.computed_dtypes(device).values():
-        peak = measure_peak_flops(torch.device(device), dtype)
+    rows, rate = [], report.PeakRate(torch.device(device))
+    for precision in harness.computed_dtypes(device):
         for label in SHAPES:
-            rows += measure(label, dtype, backends, args.rounds, device, peak)
-    stored = report.store("attention", rows, args)
+            rows += measure(label, precision, backends, args.rounds, device, rate)
+    stored = report.store("attention", rate.fill(rows), args, peak_flops=rate.samples)
     print(tables(stored)["attention"])
     if args.plot:
         draw(args.plot, rows)

@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.autograd.profiler_util import FunctionEvent
 
 from benchmarks import harness, markdown, peers, report
-from benchmarks.contenders import DTYPES, Problem, write_weights
-from fastmim.flops import measure_peak_flops
+from benchmarks.contenders import Problem, write_weights
 from fastmim.objectives import build_objective
 from fastmim.ranks import Ranks
 
@@ -71,7 +70,7 @@ def seconds_by_kind(step: Callable[[], Tensor]) -> dict[str, float]:
     return spent
 
 
-def measure(problem: Problem, size: str, names: list[str], rounds: int) -> list[dict]:
+def measure(problem: Problem, size: str, names: list[str], rounds: int, rate: report.PeakRate) -> list[dict]:
     """A row of each contender: seconds of every kind, the medians over rounds, in which they take turns."""
     spent: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     with ExitStack() as stack:
@@ -82,14 +81,16 @@ def measure(problem: Problem, size: str, names: list[str], rounds: int) -> list[
         for _ in range(rounds):
             for name, worker in workers.items():
                 spent[name].append(worker.measure_step(seconds_by_kind))
+            rate.measure(problem.precision)
+        memory = {name: worker.peak_memory() for name, worker in workers.items()}
     samples = {name: [sum(kinds.values()) for kinds in each] for name, each in spent.items()}
     fastest = min(
         (name for name in names if name != peers.OURS),
         key=lambda name: harness.summarise(samples[name])["median_us"],
     )
     flops = build_objective(problem.config).step_flops() * problem.batch
-    peak = measure_peak_flops(Ranks().device, DTYPES[problem.precision])
-    return [
+    peak = rate.best(problem.precision)
+    rows = [
         {
             **report.timed_row(
                 name,
@@ -100,16 +101,18 @@ def measure(problem: Problem, size: str, names: list[str], rounds: int) -> list[
                 images=problem.batch,
                 flops=flops,
                 baseline_flops=flops,
-                peak_flops=peak,
+                peak_memory=memory[name],
             ),
             "kinds": {
                 kind: harness.summarise([kinds[kind] for kinds in spent[name]])["median_us"] / 1e6
                 for kind in KINDS
             },
+            "kinds_samples": spent[name],
             "products_at_peak_s": flops / peak,
         }
         for name in names
     ]
+    return rate.fill(rows)
 
 
 def tables(stored: dict) -> dict[str, str]:
@@ -156,18 +159,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     args = peers.parse(parser, arguments)
     names = peers.contenders(args.mae_path)
-    rows = []
+    rows, rate = [], report.PeakRate(Ranks().device)
     for size in args.sizes:
         config = peers.configure(size, args.batch, args.set)
         with tempfile.TemporaryDirectory() as folder:
             write_weights(config, Path(folder))
             for dtype in args.dtypes:
                 problem = Problem(config, dtype, args.batch, Path(folder), args.mae_path)
-                rows += measure(problem, size, names, args.rounds)
-    stored = report.store("breakdown", rows, args)
+                rows += measure(problem, size, names, args.rounds, rate)
+    facts = {"peak_flops": rate.samples, "published": peers.clone_commit(args.mae_path)}
+    stored = report.store("breakdown", rows, args, **facts)
     print("\n\n".join([*tables(stored).values(), *judge(rows)]))
     if args.plot:
         draw(args.plot, rows)

@@ -26,8 +26,6 @@ from fastmim.ranks import Ranks
 OURS = "ours.safetensors"
 TRANSFORMERS = "transformers"
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
 Step = Callable[[], Tensor]
 """Makes one optimiser step and returns the loss before it, a scalar."""
 

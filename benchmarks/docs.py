@@ -45,8 +45,8 @@ def origin(stored: dict) -> str:
     facts = [
         f"{machine['device']}, {machine['cores']} cores, torch {machine['torch']}, commit {machine['commit']}"
     ]
-    shown = ("no_results", "json", "plot")
-    facts += [f"{name}={value}" for name, value in stored["arguments"].items() if name not in shown]
+    hidden = ("json", "plot")
+    facts += [f"{name}={value}" for name, value in stored["arguments"].items() if name not in hidden]
     return f"<sub>{'; '.join(facts)}</sub>"
 
 

@@ -33,6 +33,8 @@ from fastmim.config import Config
 from fastmim.data.index import build_index
 from fastmim.data.loader import Loader
 from fastmim.metrics import read_records
+from fastmim.ranks import Ranks
+from fastmim.window import peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 0.03
@@ -52,8 +54,8 @@ def run_launch(words: list[str], steps: int, warmup: int = WARMUP) -> dict[str, 
 
     Returns:
         Seconds of a step by the records' own count, which leaves saving out; by the clock of who reads the lines,
-        seconds of one checkpoint; share of time that the loop waited for data; the first record's loss, which is a mean
-        over `steps` / 2 steps.
+        seconds of one checkpoint; share of time that the loop waited for data; most bytes that the process held; the
+        first record's loss, which is a mean over `steps` / 2 steps.
     """
     every = steps // 2
     with tempfile.TemporaryDirectory() as folder:
@@ -84,12 +86,13 @@ def run_launch(words: list[str], steps: int, warmup: int = WARMUP) -> dict[str, 
         "step_s": step,
         "checkpoint_s": max(0.0, elapsed - steps * step),
         "data_wait": sum(record["data_wait"] for record in window) / len(window),
+        "memory": window[-1]["peak_memory_bytes"],
         "loss": records[every]["loss"],
     }
 
 
 def run_bare(words: list[str], steps: int) -> dict[str, float]:
-    """The bare step on launch.py's first batch: median seconds, and the loss of the first."""
+    """The bare step on launch.py's first batch: mean seconds, most bytes, FLOPs, and the loss of the first."""
     config = recipes.load(words[0], words[1:])
     fixed = FixedBatch(config, _first_batch(config))
     loss = float(fixed.step())
@@ -104,6 +107,7 @@ def run_bare(words: list[str], steps: int) -> dict[str, float]:
         "step_s": (time.perf_counter() - started) / steps,
         "loss": loss,
         "precision": fixed.precision,
+        "memory": peak_memory_bytes(fixed.ranks.device),
         "flops": config.optim.batch_size * fixed.objective.step_flops(),
     }
 
@@ -142,7 +146,7 @@ def profile(words: list[str], steps: int) -> dict:
 def compare(words: list[str], args: argparse.Namespace) -> list[dict]:
     """Rows of launch.py and the bare step, and what the difference is made of."""
     threads = len(os.sched_getaffinity(0)) if "OMP_NUM_THREADS" not in os.environ else torch.get_num_threads()
-    launched, bare = [], []
+    launched, bare, rate = [], [], report.PeakRate(Ranks().device)
     wanted = run_launch(words, steps=2, warmup=1)["loss"]  # the first step's alone
     for number in range(args.rounds):
         print(f"round {number + 1} of {args.rounds} ...", file=sys.stderr, flush=True)
@@ -150,6 +154,7 @@ def compare(words: list[str], args: argparse.Namespace) -> list[dict]:
         with Group(1, threads) as group:
             bare.append(group.call(run_bare, words, args.steps)[0])
         report.require_same({"launch.py": wanted, "bare step": bare[-1]["loss"]}, 1e-3)
+        rate.measure(bare[-1]["precision"])
     config = recipes.load(words[0], words[1:])
     batch, floor = config.optim.batch_size, [one["step_s"] for one in bare]
     rows = [
@@ -157,17 +162,22 @@ def compare(words: list[str], args: argparse.Namespace) -> list[dict]:
             name,
             f"{words[0]}, batch {batch}",
             bare[0]["precision"],
-            seconds,
+            [one["step_s"] for one in measured],
             baseline=floor,
             images=batch,
+            flops=bare[0]["flops"],
+            baseline_flops=bare[0]["flops"],
+            peak_memory=max(one["memory"] for one in measured),
         )
-        | {"flops": bare[0]["flops"]}
-        for name, seconds in (("bare step", floor), ("launch.py", [one["step_s"] for one in launched]))
+        for name, measured in (("bare step", bare), ("launch.py", launched))
     ]
+    rate.fill(rows)
     step = median(one["step_s"] for one in launched)
     saved = median(one["checkpoint_s"] for one in launched)
     rows[1] |= {
-        "overhead": median(one["step_s"] / other - 1 for one, other in zip(launched, floor, strict=True)),
+        "overhead": 1 / rows[1]["ratio"] - 1,
+        "overhead_range": [1 / fast - 1 for fast in reversed(rows[1]["ratio_range"])],
+        "rounds": launched,
         "data_wait": median(one["data_wait"] for one in launched),
         "checkpoint_s": saved,
         # Over the recipe's own interval, or the default one.
@@ -187,6 +197,7 @@ def tables(stored: dict) -> dict[str, str]:
         "p20–p80",
         "images/s",
         "over the bare step",
+        "of a round",
         "waits for data",
     ]
     header += ["checkpoints, amortised"]
@@ -195,6 +206,8 @@ def tables(stored: dict) -> dict[str, str]:
         shares = [
             f"{row[key]:+.2%}" if key in row else "–" for key in ("overhead", "data_wait", "checkpoint_share")
         ]
+        span = [f"{end:+.1%}" for end in row.get("overhead_range", ())]
+        shares.insert(1, " to ".join(span) or "–")
         lines.append(
             [
                 *(row["variant"], row["size"], row["dtype"], f"{1e3 * row['median_s']:.1f}"),

@@ -1,5 +1,6 @@
 """Timing that several scripts share: contenders take turns, so a drift of the machine's speed cancels."""
 
+import importlib.metadata
 import os
 import platform
 import statistics
@@ -11,6 +12,11 @@ import torch
 import triton
 
 from fastmim.precision import choose_precision
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+LIBRARIES = ("torchvision", "timm", "transformers", "lightly", "deepspeed", "nvidia-dali-cuda130", "pillow")
+"""Whose versions are told where they are installed: what a step, a loader or a peer is made of."""
 
 FLUSH_BYTES = 512 * 2**20
 """Written before each sample on CUDA: more than any cache holds."""
@@ -27,7 +33,15 @@ def describe_machine(device: str) -> dict:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "libraries": {name: version for name in LIBRARIES if (version := _version(name))},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
@@ -118,9 +132,14 @@ def summarise(samples: list[float]) -> dict[str, float]:
     }
 
 
+def ratios(numerator: list[float], denominator: list[float]) -> list[float]:
+    """Return one contender's time over another's in each round."""
+    return [a / b for a, b in zip(numerator, denominator, strict=True)]
+
+
 def ratio(numerator: list[float], denominator: list[float]) -> float:
-    """Return the median over rounds of one contender's time over another's."""
-    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+    """Return the median of their `ratios`."""
+    return statistics.median(ratios(numerator, denominator))
 
 
 def measure_copy_bandwidth(rounds: int = 20) -> float:

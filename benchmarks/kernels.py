@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
 from unittest import mock
 
 # Run as a script, Python looks here first, where this file would pass for a package called `kernels`.
@@ -23,7 +24,7 @@ if __name__ == "__main__":
 import torch
 from fastmim.kernels import _dispatch
 
-from benchmarks import harness, markdown, rows
+from benchmarks import harness, markdown, report, rows
 from benchmarks.cases import CASES
 from benchmarks.compiled import TARGETS
 from benchmarks.problems import SHAPES, Problem, Shape
@@ -105,10 +106,10 @@ def measure_rows(
     return measured
 
 
-def measure_on_cpu(shape: Shape, dtypes: list[str], rounds: int) -> list[dict]:
+def measure_on_cpu(kernels: list[str], shape: Shape, dtypes: list[str], rounds: int) -> list[dict]:
     """Time forward + backward of the CPU path against the public formulation."""
     measured = []
-    for kernel, target in CPU_TARGETS.items():
+    for kernel in kernels:
         for dtype in dtypes:
             problem = rows.build(kernel, dtype, shape, "cpu")
             runs = {
@@ -119,11 +120,17 @@ def measure_on_cpu(shape: Shape, dtypes: list[str], rounds: int) -> list[dict]:
                 samples = harness.time_in_turns(runs, "cpu", rounds)
             measured.append(
                 {
-                    **{"kernel": kernel, "pass": "forward+backward", "dtype": dtype, "arch": "cpu"},
-                    "shape": f"{shape.name} batch {shape.batch}",
-                    **{name: harness.summarise(seconds) for name, seconds in samples.items()},
-                    "ratio": harness.ratio(samples["naive"], samples["reference"]),
-                    "target": target,
+                    **report.timed_row(
+                        kernel,
+                        f"{shape.name} batch {shape.batch}",
+                        dtype,
+                        samples["reference"],
+                        baseline=samples["naive"],
+                        images=shape.batch,
+                    ),
+                    "pass": "forward+backward",
+                    "naive_samples": samples["naive"],
+                    "target": CPU_TARGETS[kernel],
                 }
             )
     return measured
@@ -199,8 +206,8 @@ def print_cpu(table: list[dict]) -> None:
     """Print the CPU's times."""
     lines = []
     for row in table:
-        times = [f"{row[name]['median_us'] / 1e3:.1f}" for name in ("naive", "reference")]
-        identity = [row[name] for name in ("kernel", "pass", "dtype", "shape")]
+        times = [f"{1e3 * median(row[name]):.1f}" for name in ("naive_samples", "samples")]
+        identity = [row[name] for name in ("variant", "pass", "dtype", "size")]
         lines.append([*identity, *times, f"{row['ratio']:.2f}", row["target"]])
     header = ["kernel", "pass", "dtype", "shape", "naive ms", "reference ms", "naive / reference", "target"]
     print_table("Measured on this CPU:", header, lines)
@@ -218,12 +225,21 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--counted", type=Path, metavar="PATH", help="rows of --static --json; nothing is counted again"
     )
-    parser.add_argument("--kernels", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--kernels", nargs="+", choices=CASES, help="default: all that the mode has")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="not with --cpu (default: all)")
     parser.add_argument("--dtypes", nargs="+", choices=rows.DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--archs", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--archs", nargs="+", choices=TARGETS, help="of --static (default: all)")
+    parser.add_argument("--rounds", type=int, default=20, help="not of --static (default 20)")
     args = parser.parse_args(arguments)
+    if args.archs and not args.static:
+        parser.error("--archs is for --static; what is timed is timed on the device that is here")
+    if args.shapes and args.cpu:
+        parser.error("--shapes is not for --cpu, which times ViT-B")
+    having = CPU_TARGETS if args.cpu else CASES
+    if unknown := set(args.kernels or ()) - set(having):
+        parser.error(f"--cpu --kernels {' '.join(sorted(unknown))}; expected of {', '.join(having)}")
+    args.kernels, args.shapes = args.kernels or list(having), args.shapes or list(SHAPES)
+    args.archs = args.archs or list(TARGETS)
     if args.counted and (args.static or args.cpu):
         parser.error(
             "--counted is for timing on a CUDA device; --static counts itself, --cpu needs no counts"
@@ -254,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
         print_static(table)
     elif args.cpu:
         shape = Shape("ViT-B/16", 16, 768, batch=32)
-        table, mode = measure_on_cpu(shape, args.dtypes, args.rounds), "cpu"
+        table, mode = measure_on_cpu(args.kernels, shape, args.dtypes, args.rounds), "cpu"
         print_cpu(table)
     else:
         arch, mode = rows.local_arch(), "cuda"
@@ -267,7 +283,8 @@ def main(arguments: list[str] | None = None) -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         machine = harness.describe_machine("cuda" if mode == "cuda" else "cpu")
         told = {"machine": {"mode": mode, **machine, "commit": source_commit()}}
-        told["arguments"] = {name: str(getattr(args, name)) for name in ("dtypes", "shapes", "rounds")}
+        names = ("kernels", "dtypes", "rounds", *(() if args.cpu else ("shapes",)))
+        told["arguments"] = {name: str(getattr(args, name)) for name in names}
         args.json.write_text(json.dumps({**told, "rows": table}, indent=1))
     if any("error" in row for row in table):
         sys.exit("some rows could not be measured; see above")

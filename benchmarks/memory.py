@@ -211,6 +211,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     args = parser.parse_intermixed_args(arguments)
     if args.fits is not None:
+        if args.json or args.plot:
+            parser.error("--fits prints a table alone; expected neither --json nor --plot")
         print(fits_table(fitting(args.fits, args.images, args.worlds)))
         return
     rows = [compare(name, args) for name in args.variants]

@@ -9,6 +9,7 @@ facebookresearch/mae; each eager and compiled. See `contenders.py` for what each
 import argparse
 import functools
 import importlib.util
+import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -19,12 +20,11 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import harness, markdown, report
-from benchmarks.contenders import CONTENDERS, DTYPES, IMPORTS, Problem, write_weights
+from benchmarks.contenders import CONTENDERS, IMPORTS, Problem, write_weights
 from benchmarks.peers_published import FILE
 from benchmarks.workers import Worker
 from fastmim import recipes
 from fastmim.config import MODEL_SIZES, Config
-from fastmim.flops import measure_peak_flops
 from fastmim.objectives import build_objective
 from fastmim.ranks import Ranks
 
@@ -32,8 +32,10 @@ TOLERANCE = {"bf16": 5e-3, "fp32": 1e-4}
 """Of the losses, relative: two steps, so that the second sees the first's update."""
 OURS = "fastmim"
 MODES = ("eager", "compiled")
+Key = tuple[str, str]
+"""A contender's name, and its mode."""
 TARGETS = {"ratio": 1.25, "memory": 0.75}
-"""Times the fastest peer's fastest mode, and its peak memory, that are aimed at on a CPU."""
+"""Times the fastest peer's fastest mode, and of its peak memory, that are aimed at on a CPU."""
 
 
 def configure(size: str, batch: int, overrides: list[str]) -> Config:
@@ -55,73 +57,107 @@ def contenders(mae_path: Path | None) -> list[str]:
     return [name for name in CONTENDERS if present.get(name, True)]
 
 
+def clone_commit(mae_path: Path | None) -> str | None:
+    """Which commit a clone of facebookresearch/mae is at."""
+    if mae_path is None:
+        return None
+    command = ["git", "-C", str(mae_path), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
 def worker_of(name: str, problem: Problem) -> Worker:
     """A process that makes the steps of a contender."""
     build = CONTENDERS[name]
     return Worker(build, problem, imports=IMPORTS[build])
 
 
-def measure_memory(problem: Problem, name: str, mode: str, timed: Worker | None = None) -> int:
-    """Bytes of a contender in a step after a warm-up: in a fresh process, or on a GPU in the one that was timed."""
-    if timed is not None:
-        timed.forget_peak()
-        timed.step(mode == "compiled")
-        return timed.peak_memory()
+def try_out(problem: Problem, name: str, mode: str) -> tuple[list[float], int]:
+    """Losses of two steps of a contender in a fresh process, and its peak memory in bytes: in the second on a GPU."""
     with worker_of(name, problem) as worker:
-        for _ in range(2):
-            worker.step(mode == "compiled")
-        return worker.peak_memory()
+        losses = [worker.step(mode == "compiled")]
+        worker.forget_peak()
+        losses.append(worker.step(mode == "compiled"))
+        return losses, worker.peak_memory()
 
 
 def measure(
-    problem: Problem, size: str, names: list[str], modes: list[str], rounds: int, warmup: int
+    problem: Problem,
+    size: str,
+    names: list[str],
+    modes: list[str],
+    rounds: int,
+    warmup: int,
+    rate: report.PeakRate,
 ) -> list[dict]:
-    """The rows of a size and dtype: losses are compared, then time and memory measured."""
-    flops = build_objective(problem.config).step_flops() * problem.batch
+    """The rows of a size and dtype: memory is measured and losses are compared, in every mode; then time."""
+    found = {(name, mode): try_out(problem, name, mode) for mode in modes for name in names}
+    for step in range(2):
+        losses = {", ".join(key): each[step] for key, (each, _) in found.items()}
+        report.require_same(losses, TOLERANCE[problem.precision])
+    rate.measure(problem.precision)
     with ExitStack() as stack:
         workers = {name: stack.enter_context(worker_of(name, problem)) for name in names}
-        for _ in range(2):
-            report.require_same(
-                {name: worker.step() for name, worker in workers.items()}, TOLERANCE[problem.precision]
-            )
         steps = {
-            (name, mode): functools.partial(worker.step, mode == "compiled")
-            for mode in modes
-            for name, worker in workers.items()
+            (name, mode): functools.partial(workers[name].step, mode == "compiled") for name, mode in found
         }
         # By the clock on every device: a worker answers when its device is done.
         samples = harness.time_in_turns(steps, "cpu", rounds, warmup)
-        on_gpu = problem.device.type == "cuda"
-        memory = {key: measure_memory(problem, *key, workers[key[0]]) for key in samples} if on_gpu else {}
-    medians = {key: harness.summarise(seconds)["median_us"] for key, seconds in samples.items()}
+    rate.measure(problem.precision)
+    flops = build_objective(problem.config).step_flops() * problem.batch
+    memory = {key: peak for key, (_, peak) in found.items()}
+    return rate.fill(compare(samples, memory, size, problem.precision, problem.batch, flops))
+
+
+def compare(
+    samples: dict[Key, list[float]],
+    memory: dict[Key, int],
+    size: str,
+    dtype: str,
+    batch: int,
+    flops: float,
+) -> list[dict]:
+    """Rows of what was measured. A peer is compared with the one of the least median, this engine with the one that
+    it beats by least.
+
+    Args:
+        samples: seconds by name and mode.
+        memory: bytes, likewise.
+        size, dtype: of the model.
+        batch: images in a step.
+        flops: of this engine's step, which peers are given too: they compute a little more.
+    """
     peers = [key for key in samples if key[0] != OURS]
-    fastest = min(peers, key=medians.__getitem__)
-    memory = memory or {key: measure_memory(problem, *key) for key in samples}
-    peak = measure_peak_flops(Ranks().device, DTYPES[problem.precision])
+    fastest = min(peers, key=lambda key: harness.summarise(samples[key])["median_us"])
+
+    def nearest(key: Key) -> Key:
+        if key[0] != OURS:
+            return fastest
+        return min(peers, key=lambda peer: harness.ratio(samples[peer], samples[key]))
+
     return [
         report.timed_row(
-            f"{name}, {mode}",
+            ", ".join(key),
             size,
-            problem.precision,
+            dtype,
             seconds,
-            baseline=samples[fastest],
-            images=problem.batch,
+            baseline=samples[nearest(key)],
+            images=batch,
             flops=flops,
             baseline_flops=flops,
-            peak_flops=peak,
-            peak_memory=memory[name, mode],
-            memory_ratio=memory[name, mode] / memory[fastest],
-            name=name,
-            against=", ".join(fastest),
+            peak_memory=memory[key],
+            memory_ratio=memory[key] / memory[nearest(key)],
+            name=key[0],
+            against=", ".join(nearest(key)),
         )
-        for (name, mode), seconds in samples.items()
+        for key, seconds in samples.items()
     ]
 
 
 def tables(stored: dict) -> dict[str, str]:
     """The page's table of stored rows: `peers`."""
     header = ["implementation", "size", "dtype", "median ms", "p20–p80", "images/s", "MFU", "peak MiB"]
-    header += ["× the fastest peer", "of its memory"]
+    header += ["× the fastest peer", "of its memory", "which is"]
     lines = [
         [
             *(row[key] for key in ("variant", "size", "dtype")),
@@ -132,6 +168,7 @@ def tables(stored: dict) -> dict[str, str]:
             f"{row['peak_memory_bytes'] / 2**20:.0f}",
             f"{row['ratio']:.2f}",
             f"{row['memory_ratio']:.2f}",
+            row["against"],
         ]
         for row in stored["rows"]
     ]
@@ -139,16 +176,13 @@ def tables(stored: dict) -> dict[str, str]:
 
 
 def judge(rows: list[dict]) -> list[str]:
-    """A line for each size and dtype: what this engine's faster mode reaches of the targets."""
-    lines = []
-    for size, dtype in dict.fromkeys((row["size"], row["dtype"]) for row in rows):
-        own = [row for row in rows if (row["size"], row["dtype"]) == (size, dtype) and row["name"] == OURS]
-        best = max(own, key=lambda row: row["ratio"])
-        lines.append(
-            f"{size} {dtype}: {best['variant']} is {best['ratio']:.2f} times as fast as {best['against']} in "
-            f"{best['memory_ratio']:.2f} of its memory; targets {TARGETS['ratio']} and {TARGETS['memory']}"
-        )
-    return lines
+    """A line for each size, dtype and mode of this engine: what it reaches of the targets."""
+    return [
+        f"{row['size']} {row['dtype']}: {row['variant']} is {row['ratio']:.2f} times as fast as {row['against']} in "
+        f"{row['memory_ratio']:.2f} of its memory; targets {TARGETS['ratio']} and {TARGETS['memory']}"
+        for row in rows
+        if row["name"] == OURS
+    ]
 
 
 def draw(path: Path, rows: list[dict]) -> None:
@@ -166,7 +200,7 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argpa
     parser.add_argument(
         "--dtypes",
         nargs="+",
-        choices=DTYPES,
+        choices=harness.DTYPES,
         default=list(harness.computed_dtypes(Ranks().device.type)),
         help="default: what the hardware computes",
     )
@@ -197,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Compare, print, store."""
     args = read_arguments(arguments)
     names = contenders(args.mae_path)
-    rows = []
+    rows, rate = [], report.PeakRate(Ranks().device)
     for size in args.sizes:
         config = configure(size, args.batch, args.set)
         with tempfile.TemporaryDirectory() as folder:
@@ -205,10 +239,11 @@ def main(arguments: list[str] | None = None) -> None:
             for dtype in args.dtypes:
                 print(f"{size} {dtype} ...", file=sys.stderr, flush=True)
                 problem = Problem(config, dtype, args.batch, Path(folder), args.mae_path)
-                found = measure(problem, size, names, args.modes, args.rounds, args.warmup)
+                found = measure(problem, size, names, args.modes, args.rounds, args.warmup, rate)
                 print(tables({"rows": found})["peers"], file=sys.stderr, flush=True)
                 rows += found
-    stored = report.store("peers", rows, args)
+    facts = {"peak_flops": rate.samples, "published": clone_commit(args.mae_path)}
+    stored = report.store("peers", rate.fill(rows), args, **facts)
     print("\n\n".join([*tables(stored).values(), *judge(rows)]))
     if args.plot:
         draw(args.plot, rows)

@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import harness, markdown
+from fastmim.flops import measure_peak_flops
 from fastmim.provenance import source_commit
 from fastmim.window import peak_memory_bytes
 
@@ -22,10 +23,9 @@ RESULTS = Path(__file__).parent / "results"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that every script has."""
     parser.add_argument(
-        "--json", type=Path, metavar="PATH", help="where to store the rows (always: results/)"
+        "--json", type=Path, metavar="PATH", help="where to store the rows (default: in benchmarks/results/)"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the rows")
-    parser.add_argument("--no-results", action="store_true", help="leave benchmarks/results/ as it is")
 
 
 def timed_row(
@@ -38,7 +38,6 @@ def timed_row(
     images: int,
     flops: float | None = None,
     baseline_flops: float | None = None,
-    peak_flops: float | None = None,
     peak_memory: int | None = None,
     **more: Any,
 ) -> dict[str, Any]:
@@ -53,20 +52,20 @@ def timed_row(
         images: in a sample.
         flops: of a sample, forward and backward, analytic; None where that has no meaning, as for a loader.
         baseline_flops: likewise of the baseline; needed where there are `flops`.
-        peak_flops: FLOP/s of a large product in `dtype`, measured in the same run; likewise.
         peak_memory: bytes; None where a process of its own did not measure it.
         more: further keys.
 
     Returns:
-        `ratio` is how many times faster than the baseline (median over rounds), `flop_ratio` how many times fewer
-        operations, and `efficiency` the one over the other.
+        `ratio` is how many times faster than the baseline (median over rounds), `ratio_range` the least and most of
+        a round, `flop_ratio` how many times fewer operations, and `efficiency` the one over the other. `mfu` is left to
+        `PeakRate.fill`.
     """
     times = harness.summarise(samples)
     seconds = {key.replace("_us", "_s"): value / 1e6 for key, value in times.items()}
-    ratio = harness.ratio(baseline, samples)
-    mfu = flop_ratio = efficiency = None
+    ratio, rounds = harness.ratio(baseline, samples), harness.ratios(baseline, samples)
+    flop_ratio = efficiency = None
     if flops is not None:
-        mfu, flop_ratio = flops / seconds["median_s"] / peak_flops, baseline_flops / flops
+        flop_ratio = baseline_flops / flops
         efficiency = ratio / flop_ratio
     return {
         "variant": variant,
@@ -75,14 +74,43 @@ def timed_row(
         **seconds,
         "images_per_s": images / seconds["median_s"],
         "flops": flops,
-        "mfu": mfu,
+        "mfu": None,
         "peak_memory_bytes": peak_memory,
         "ratio": ratio,
+        "ratio_range": [min(rounds), max(rounds)],
         "flop_ratio": flop_ratio,
         "efficiency": efficiency,
         "samples": samples,
         **more,
     }
+
+
+class PeakRate:
+    """FLOP/s of a large product, measured between the turns of a run: an hour's machine is not always as fast.
+
+    Args:
+        device: that the run computes on.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.samples: dict[str, list[float]] = {}
+
+    def measure(self, dtype: str) -> None:
+        """Once more, with factors of a dtype, bf16 or fp32; the device should have nothing else to do."""
+        found = measure_peak_flops(self._device, harness.DTYPES[dtype])
+        self.samples.setdefault(dtype, []).append(found)
+
+    def best(self, dtype: str) -> float:
+        """The fastest so far."""
+        return max(self.samples[dtype])
+
+    def fill(self, rows: list[dict]) -> list[dict]:
+        """Give rows that tell their FLOPs an `mfu`: their share of the fastest."""
+        for row in rows:
+            if row["flops"] is not None:
+                row["mfu"] = row["flops"] / row["median_s"] / self.best(row["dtype"])
+        return rows
 
 
 def require_same(losses: dict[str, float], tolerance: float) -> None:
@@ -129,7 +157,7 @@ class PeakMemory:
 
 
 def store(script: str, rows: list[dict], args: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    """Write rows, the machine, versions, the commit and the arguments to results/`script`.json and to --json.
+    """Write rows, the machine, versions, the commit and the arguments to --json, or else to results/`script`.json.
 
     Returns:
         What was written.
@@ -147,10 +175,9 @@ def store(script: str, rows: list[dict], args: argparse.Namespace, **more: Any) 
         "rows": rows,
     }
     text = json.dumps(told, indent=1) + "\n"
-    paths = [] if args.no_results else [RESULTS / f"{script}.json"]
-    for path in [*paths, *([args.json] if args.json else [])]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    path = args.json or RESULTS / f"{script}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
     return json.loads(text)  # as a reader of the file has it
 
 
@@ -178,7 +205,7 @@ def draw_bars(path: Path, groups: list[str], bars: dict[str, list[float]], label
 def timed_table(rows: list[dict], extra: tuple[str, ...] = ()) -> str:
     """A Markdown table of timed rows, with further keys at its end."""
     header = ["variant", "size", "dtype", "median ms", "p20–p80", "images/s", "GFLOP", "MFU", "peak MiB"]
-    header += ["speed-up", "FLOP ratio", "speed-up ÷ FLOP ratio", *extra]
+    header += ["speed-up", "of a round", "FLOP ratio", "speed-up ÷ FLOP ratio", *extra]
     lines = []
     for row in rows:
         memory = row["peak_memory_bytes"]
@@ -191,7 +218,9 @@ def timed_table(rows: list[dict], extra: tuple[str, ...] = ()) -> str:
                 f"{row['flops'] / 1e9:.0f}",
                 f"{row['mfu']:.0%}",
                 "–" if memory is None else f"{memory / 2**20:.0f}",
-                *(f"{row[key]:.2f}" for key in ("ratio", "flop_ratio", "efficiency")),
+                f"{row['ratio']:.2f}",
+                "–".join(f"{limit:.2f}" for limit in row["ratio_range"]),
+                *(f"{row[key]:.2f}" for key in ("flop_ratio", "efficiency")),
                 *(row[key] for key in extra),
             ]
         )

@@ -26,9 +26,12 @@ from benchmarks import harness, report
 from benchmarks.communication import Link, Step, communication_seconds, efficiency, step_seconds
 from benchmarks.gloo import SMALL, FixedBatch, Group, make_config
 from benchmarks.markdown import table
-from fastmim.flops import PEAK_TFLOPS
+from fastmim.deepspeed_fragment import stage_in_effect
+from fastmim.flops import PEAK_TFLOPS, measure_peak_flops
 from fastmim.memory import ITEM, parameter_sizes
 from fastmim.objectives import build_objective
+from fastmim.ranks import Ranks
+from fastmim.window import peak_memory_bytes
 
 NVLINK = Link(450e9, 5e-6)
 """Between the 8 GPUs of a DGX H100: 900 GB/s in both directions together (NVIDIA's data sheet)."""
@@ -51,7 +54,20 @@ def build(words: list[str], stage: int, images: int) -> dict:
     step = FixedBatch(config)
     _STEPS[stage] = step
     loss = float(step.step())
-    return {"loss": loss, "precision": step.precision, "flops": images * step.objective.step_flops()}
+    return {
+        **{"loss": loss, "precision": step.precision, "flops": images * step.objective.step_flops()},
+        "stage": stage_in_effect(config.deepspeed, step.precision, ranks),
+    }
+
+
+def peak_flops(precision: str) -> float:
+    """FLOP/s of a large product on this rank's thread."""
+    return measure_peak_flops(Ranks().device, harness.DTYPES[precision])
+
+
+def peak_memory() -> int:
+    """Bytes that this rank's process held at most, imports included."""
+    return peak_memory_bytes(Ranks().device)
 
 
 def time_steps(stage: int, steps: int) -> tuple[float, float]:
@@ -71,7 +87,7 @@ def time_steps(stage: int, steps: int) -> tuple[float, float]:
 
 def time_all_reduce(numbers: int, precision: str, times: int = 3) -> float:
     """Median seconds of summing so many numbers over the ranks."""
-    values = torch.ones(numbers, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
+    values = torch.ones(numbers, dtype=harness.DTYPES[precision])
     seconds = []
     for _ in range(1 + times):
         dist.barrier()
@@ -117,30 +133,43 @@ def measure_stage(stage: int, args: argparse.Namespace) -> list[dict]:
         config, precision = make_config(words), built[0]["precision"]
         numbers = sum(parameter_sizes(config))
         link = measure_link(pair, numbers, precision)
+        peak = alone.call(peak_flops, precision)[0]
+        memory = {
+            "1 rank": alone.call(peak_memory),
+            "2 ranks, not joined": [*alone.call(peak_memory), *other.call(peak_memory)],
+            "2 ranks": pair.call(peak_memory),
+        }
     whole, update = median(samples["1 rank"]), median(updates)
     step = Step(whole - update, update, numbers * ITEM[precision])
     contention = harness.ratio(samples["2 ranks, not joined"], samples["1 rank"])
     predicted = step_seconds(step, 2, stage, link, contention=contention)
     rows = []
+    flops = built[0]["flops"]
     for name, seconds in samples.items():
         ranks = 1 if name == "1 rank" else 2
+        computed_by = built[-1 if name == "2 ranks" else 0]["stage"]
         row = report.timed_row(
-            name,
+            name if computed_by == stage else f"{name} (ZeRO {computed_by})",
             f"{numbers / 1e6:.1f} M parameters, ZeRO {stage}",
             precision,
             seconds,
             baseline=samples["1 rank"],
             images=ranks * args.images,
+            flops=ranks * flops,
+            baseline_flops=flops,
+            peak_memory=max(memory[name]),
         )
-        # Twice the images in the same time: the ratio of a weak scaling is of images, not of seconds.
-        row |= {"ratio": ranks * row["ratio"], "flops": ranks * built[0]["flops"], "stage": stage}
-        row |= {"efficiency": row["ratio"] / ranks, "predicted_s": None}
+        # The ratio of a weak scaling is of images in the same time, of which each takes the same FLOPs.
+        row |= {"weak_efficiency": row["ratio"], "efficiency": None, "flop_ratio": 1.0, "stage": stage}
+        row |= {"ratio": ranks * row["ratio"], "ratio_range": [ranks * end for end in row["ratio_range"]]}
+        row |= {"mfu": flops / row["median_s"] / peak, "predicted_s": None}
         rows.append(row)
     rows[-1] |= {
         "predicted_s": predicted,
         "error": predicted / rows[-1]["median_s"] - 1,
         "contention": contention,
         "update_s": update,
+        "update_samples": updates,
         "bandwidth": link.bandwidth,
         "latency": link.latency,
         "communication_s": communication_seconds(step, 2, stage, link),
@@ -155,8 +184,8 @@ def predict(args: argparse.Namespace) -> list[dict]:
         flops = build_objective(config).step_flops()
     parameters = sum(parameter_sizes(config))
     compute = IMAGES_PER_GPU * flops / (MFU * PEAK_TFLOPS["H100"] * 1e12)
-    # AdamW moves 28 bytes a parameter: gradient, master and moments in, all but the gradient and 16 bits out.
-    step = Step(compute, 30 * parameters / 3.35e12, 2 * parameters)
+    # AdamW moves 28 bytes a parameter: a gradient of 16 bits, master and moments in; those and a copy of 16 bits out.
+    step = Step(compute, 28 * parameters / 3.35e12, 2 * parameters)
     rows = []
     for stage in args.stages:
         for gpus in GPUS:
@@ -192,7 +221,12 @@ def tables(stored: dict) -> dict[str, str]:
             [
                 *(row["size"], row["dtype"], row["variant"], f"{1e3 * row['median_s']:.0f}"),
                 f"{1e3 * row['p20_s']:.0f}–{1e3 * row['p80_s']:.0f}",
-                *(f"{row['images_per_s']:.1f}", f"{row['ratio']:.2f}", f"{row['efficiency']:.0%}", *model),
+                *(
+                    f"{row['images_per_s']:.1f}",
+                    f"{row['ratio']:.2f}",
+                    f"{row['weak_efficiency']:.0%}",
+                    *model,
+                ),
             ]
         )
     predicted = [

@@ -21,11 +21,10 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import harness, markdown, report
-from benchmarks.contenders import DTYPES, IMPORTS, Problem, fastmim
+from benchmarks.contenders import IMPORTS, Problem, fastmim
 from benchmarks.workers import Worker
 from fastmim import recipes
 from fastmim.config import Config
-from fastmim.flops import measure_peak_flops
 from fastmim.masking import mask_from_order
 from fastmim.objectives import build_objective
 from fastmim.ranks import Ranks
@@ -109,33 +108,33 @@ def take_turn(problem: Problem, steps: int) -> tuple[list[float], int]:
 
 
 def measure(
-    size: str, ratio: float, dtype: str, batch: int, rounds: int, steps: int, overrides: list[str]
+    size: str, ratio: float, args: argparse.Namespace, rate: report.PeakRate, rounds: int
 ) -> list[dict]:
-    """The rows of a size and mask ratio."""
+    """The rows of a size and mask ratio, from so many turns of each."""
+    batch = args.batch or BATCHES[size]
     samples: dict[str, list[float]] = {name: [] for name in VARIANTS}
     memory = dict.fromkeys(VARIANTS, 0)
     problems, flops = {}, {}
-    for name, config in configs_of(size, ratio, batch, overrides).items():
-        problems[name] = Problem(config, dtype, batch)
+    for name, config in configs_of(size, ratio, batch, args.set).items():
+        problems[name] = Problem(config, args.dtype, batch)
         with torch.device("meta"):
             flops[name] = batch * build_objective(config).step_flops()
     for _ in range(rounds):
         for name, problem in problems.items():
-            seconds, peak = take_turn(problem, steps)
+            seconds, peak = take_turn(problem, args.steps)
             samples[name] += seconds
             memory[name] = max(memory[name], peak)
-    peak_flops = measure_peak_flops(Ranks().device, DTYPES[dtype])
+        rate.measure(args.dtype)
     return [
         report.timed_row(
             name,
             size,
-            dtype,
+            args.dtype,
             samples[name],
             baseline=samples[BASELINE],
             images=batch,
             flops=flops[name],
             baseline_flops=flops[BASELINE],
-            peak_flops=peak_flops,
             peak_memory=memory[name],
             mask_ratio=ratio,
             paper=PAPER.get((size, name)),
@@ -146,10 +145,10 @@ def measure(
 
 def tables(stored: dict) -> dict[str, str]:
     """The page's tables of stored rows: `visible_only`, at the paper's ratio, and `visible_only_curve`."""
-    main = [row for row in stored["rows"] if row["mask_ratio"] == MAIN_RATIO and not row["curve"]]
+    main = [row for row in stored["rows"] if row["mask_ratio"] == MAIN_RATIO]
     for row in main:
         row["paper's speed-up"] = row["paper"] or "–"
-    curve = [row for row in stored["rows"] if row["curve"]]
+    curve = curve_of(stored["rows"])
     ratios = list(dict.fromkeys(row["mask_ratio"] for row in curve))
     lines = []
     for name in dict.fromkeys(row["variant"] for row in curve if row["variant"] != BASELINE):
@@ -162,12 +161,19 @@ def tables(stored: dict) -> dict[str, str]:
     }
 
 
+def curve_of(rows: list[dict]) -> list[dict]:
+    """The rows of the size that was measured at other mask ratios too, from the least removed to the most."""
+    sizes = {row["size"] for row in rows if row["mask_ratio"] != MAIN_RATIO}
+    return sorted((row for row in rows if row["size"] in sizes), key=lambda row: row["mask_ratio"])
+
+
 def judge(rows: list[dict]) -> list[str]:
     """A line for each size at the paper's ratio."""
     return [
-        f"{row['size']}, {row['variant']}: speed-up / FLOP ratio {row['efficiency']:.2f}; target {TARGET}"
+        f"{row['size']}, {row['variant']}: speed-up / FLOP ratio {row['efficiency']:.2f}, at least "
+        f"{row['ratio_range'][0] / row['flop_ratio']:.2f} in a round; target {TARGET}"
         for row in rows
-        if row["variant"] != BASELINE and not row["curve"]
+        if row["variant"] != BASELINE and row["mask_ratio"] == MAIN_RATIO
     ]
 
 
@@ -176,12 +182,10 @@ def draw(path: Path, rows: list[dict]) -> None:
     figure = Figure(figsize=(6.5, 4), layout="tight")
     axis = figure.subplots()
     for colour, name in enumerate((VISIBLE, SHALLOW)):
-        curve = sorted(
-            (row["mask_ratio"], row["ratio"], row["flop_ratio"])
-            for row in rows
-            if row["variant"] == name and row["curve"]
+        curve = [row for row in curve_of(rows) if row["variant"] == name]
+        ratios, measured, analytic = (
+            [row[key] for row in curve] for key in ("mask_ratio", "ratio", "flop_ratio")
         )
-        ratios, measured, analytic = zip(*curve, strict=True)
         axis.plot(ratios, measured, "o-", color=f"C{colour}", label=name)
         axis.plot(ratios, analytic, "--", color=f"C{colour}", label=f"{name}, FLOPs")
     axis.axhline(1, color="0.7", linewidth=0.8)
@@ -206,11 +210,14 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="of the curve; none: no curve",
     )
     parser.add_argument("--batch", type=int, help=f"images in a step (default {BATCHES})")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each; the curve has one (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each (default 3)")
+    parser.add_argument(
+        "--curve-rounds", type=int, default=1, help="at other ratios than the paper's (default 1)"
+    )
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a turn (default 2)")
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=harness.DTYPES,
         default=next(iter(harness.computed_dtypes(Ranks().device.type))),
         help="default: bf16 where the hardware computes it",
     )
@@ -227,19 +234,23 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Compare, print, store."""
     args = read_arguments(arguments)
-    jobs = [(size, MAIN_RATIO, args.rounds, False) for size in args.sizes]
-    jobs += [(args.curve, ratio, 1, True) for ratio in args.ratios]
-    rows, same = [], {}
-    for size, ratio, rounds, curve in jobs:
+    jobs = [(size, MAIN_RATIO, args.rounds) for size in args.sizes]
+    jobs += [
+        (args.curve, ratio, args.curve_rounds)
+        for ratio in args.ratios
+        if (args.curve, ratio) not in {(size, MAIN_RATIO) for size in args.sizes}
+    ]
+    rows, same, rate = [], {}, report.PeakRate(Ranks().device)
+    for size, ratio, rounds in jobs:
         print(f"{size}, {ratio:.0%} removed ...", file=sys.stderr, flush=True)
-        batch = args.batch or BATCHES[size]
         if size not in same:
+            batch = args.batch or BATCHES[size]
             same[size] = report.in_child(losses_alike, configs_of(size, MAIN_RATIO, batch, args.set))
             for losses in same[size]:
                 report.require_same(losses, TOLERANCE)
-        found = measure(size, ratio, args.dtype, batch, rounds, args.steps, args.set)
-        rows += [{**row, "curve": curve} for row in found]
-    stored = report.store("visible_only", rows, args, same_losses=same)
+        rows += measure(size, ratio, args, rate, rounds)
+    facts = {"same_losses": same, "peak_flops": rate.samples}
+    stored = report.store("visible_only", rate.fill(rows), args, **facts)
     print("\n\n".join([*tables(stored).values(), "\n".join(judge(rows))]))
     if args.plot:
         draw(args.plot, rows)

@@ -56,7 +56,7 @@ class Worker:
         return self._ask("memory")
 
     def forget_peak(self) -> None:
-        """Let the peak begin anew; on a GPU only, since a CPU's allocator keeps what it took."""
+        """Let the peak begin anew on a GPU; a CPU's allocator keeps what it took."""
         self._ask("forget")
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ def _serve(pipe: Connection, build: Build, args: tuple, imports: tuple[str, ...]
                 pipe.send(memory.bytes())
                 continue
             if wanted == "forget":
-                pipe.send(torch.cuda.reset_peak_memory_stats())
+                pipe.send(torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None)
                 continue
             with torch.compiler.set_stance("default" if wanted == "compiled" else "force_eager"):
                 pipe.send(wanted(step) if callable(wanted) else float(step()))

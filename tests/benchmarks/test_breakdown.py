@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import breakdown, contenders, peers
+from benchmarks import breakdown, contenders, peers, report
 from tests.benchmarks.test_peers import SMALL
 from tests.benchmarks.test_report import KEYS
 
@@ -50,19 +50,20 @@ def test_a_step_spends_seconds_on_what_it_calls_alone():
 
 
 def test_rows_and_table_of_real_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(breakdown, "measure_peak_flops", lambda *args: 1e12)
+    monkeypatch.setattr(report, "measure_peak_flops", lambda *args: 1e12)
     monkeypatch.setattr(peers, "contenders", lambda path: ["fastmim", "transformers"])
     out = tmp_path / "rows.json"
     breakdown.main(
         [
-            *("--sizes", "tiny", "--dtypes", "fp32", "--batch", "4", "--rounds", "1", "--no-results"),
+            *("--sizes", "tiny", "--dtypes", "fp32", "--batch", "4", "--rounds", "1"),
             *("--json", str(out), "--plot", str(tmp_path / "kinds.png"), "--set", *SMALL),
         ]
     )
     stored = json.loads(out.read_text())
     assert [row["variant"] for row in stored["rows"]] == ["fastmim", "transformers"]
     for row in stored["rows"]:
-        assert row.keys() == KEYS | {"kinds", "products_at_peak_s"}
+        assert row.keys() == KEYS | {"kinds", "kinds_samples", "products_at_peak_s"}
+        assert row["peak_memory_bytes"] > 0 and len(row["kinds_samples"]) == 1
         assert sum(row["kinds"].values()) == pytest.approx(row["median_s"])
         assert min(row["kinds"][kind] for kind in ("linears", "attention", "LayerNorm", "optimiser")) > 0
     assert stored["rows"][1]["ratio"] == 1.0
@@ -88,4 +89,4 @@ def test_different_losses_are_not_broken_down(monkeypatch):
     monkeypatch.setattr(peers, "worker_of", Step)
     problem = contenders.Problem(peers.configure("tiny", 4, SMALL), "fp32", 4)
     with pytest.raises(SystemExit, match="no speed-up is told"):
-        breakdown.measure(problem, "tiny", ["fastmim", "transformers"], 1)
+        breakdown.measure(problem, "tiny", ["fastmim", "transformers"], 1, None)

@@ -17,6 +17,7 @@ def test_the_bare_step_is_that_of_launch(tmp_path):
         (bare,) = group.call(end_to_end.run_bare, words, 1)
     assert bare["loss"] == pytest.approx(launched["loss"], rel=1e-5)
     assert bare["step_s"] > 0 and bare["flops"] > 0 and bare["precision"] == "fp32"
+    assert min(bare["memory"], launched["memory"]) > 2**27
 
 
 def test_tables():
@@ -32,10 +33,11 @@ def test_tables():
     launched = row | {
         "variant": "launch.py",
         "overhead": 0.021,
+        "overhead_range": [-0.01, 0.03],
         "data_wait": 0.01,
         "checkpoint_share": 0.0005,
     }
     told = {"step_seconds": 0.1, "seconds": {"data": 0.01, "encoder": 0.09}}
     made = end_to_end.tables({"rows": [row, launched], "profile": told})
-    assert "| +2.10% | +1.00% | +0.05% |" in made["end_to_end"]
+    assert "| +2.10% | -1.0% to +3.0% | +1.00% | +0.05% |" in made["end_to_end"]
     assert "| data | 10.00 | 10.0% |" in made["end_to_end_phases"]

@@ -195,9 +195,26 @@ def test_rows_that_were_counted_before_are_measured_as_they_are(tmp_path):
 
 
 def test_the_cpu_comparison_reports_a_ratio_per_kernel():
-    table = kernels.measure_on_cpu(SMALL, ["float32"], rounds=2)
-    assert [row["kernel"] for row in table] == ["masked_pixel_loss", "unshuffle"]
+    table = kernels.measure_on_cpu(["masked_pixel_loss", "unshuffle"], SMALL, ["float32"], rounds=2)
+    assert [row["variant"] for row in table] == ["masked_pixel_loss", "unshuffle"]
     assert all(math.isfinite(row["ratio"]) and row["ratio"] > 0 for row in table)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--cpu", "--kernels", "gather_tokens"],
+            "--cpu --kernels gather_tokens; expected of masked_pixel_loss",
+        ),
+        (["--cpu", "--shapes", "ViT-L/16"], "--shapes is not for --cpu"),
+        (["--cpu", "--archs", "sm_90"], "--archs is for --static"),
+    ],
+)
+def test_options_that_a_mode_would_ignore_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        kernels.read_arguments(arguments)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -74,3 +74,10 @@ def test_a_larger_world_fits_as_large_a_model():
 def test_other_objectives_are_refused(tiny):
     with pytest.raises(ConfigError, match=r"objective\.name='simmim'"):
         predict_memory(make_config([*tiny[:5], "objective.name=simmim"]), "fp32", 1)
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_what_fits_is_printed_alone(option, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        memory.main(["--fits", "80e9", option, str(tmp_path / "x")])
+    assert "--fits prints a table alone" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import contenders, peers
+from benchmarks import contenders, peers, report
 from benchmarks.contenders import CONTENDERS, Problem
 from benchmarks.workers import Worker
 from fastmim.objectives import build_objective
@@ -99,6 +99,7 @@ class Still:
     """A contender that costs nothing."""
 
     losses = {"fastmim": 1.0, "transformers": 1.0}
+    off_when_compiled = 0.0
 
     def __init__(self, name, problem):
         self.name = name
@@ -110,7 +111,10 @@ class Still:
         pass
 
     def step(self, compiled=False):
-        return self.losses[self.name]
+        return self.losses[self.name] + compiled * self.off_when_compiled
+
+    def forget_peak(self):
+        pass
 
     def peak_memory(self):
         return 300 if self.name == "fastmim" else 400
@@ -118,9 +122,9 @@ class Still:
 
 def test_rows_have_every_key_and_different_losses_are_refused(problem, monkeypatch):
     monkeypatch.setattr(peers, "worker_of", Still)
-    monkeypatch.setattr(peers, "measure_peak_flops", lambda *args: 1e12)
-    names = list(Still.losses)
-    rows = peers.measure(problem, "tiny", names, list(peers.MODES), rounds=3, warmup=0)
+    monkeypatch.setattr(report, "measure_peak_flops", lambda *args: 1e12)
+    names, rate = list(Still.losses), report.PeakRate(torch.device("cpu"))
+    rows = peers.measure(problem, "tiny", names, list(peers.MODES), 3, 0, rate)
     assert [row["variant"] for row in rows] == [f"{name}, {mode}" for mode in peers.MODES for name in names]
     assert all(row.keys() == KEYS | {"name", "against", "memory_ratio"} for row in rows)
     assert rows[0]["memory_ratio"] == 0.75 and rows[0]["against"].startswith("transformers")
@@ -128,7 +132,26 @@ def test_rows_have_every_key_and_different_losses_are_refused(problem, monkeypat
     assert peers.judge(rows)[0].startswith("tiny fp32: fastmim")
     monkeypatch.setattr(Still, "losses", {"fastmim": 1.0, "transformers": 1.001})
     with pytest.raises(SystemExit, match="no speed-up is told"):
-        peers.measure(problem, "tiny", names, ["eager"], rounds=1, warmup=0)
+        peers.measure(problem, "tiny", names, ["eager"], 1, 0, rate)
+    monkeypatch.setattr(Still, "losses", {"fastmim": 1.0, "transformers": 1.0})
+    monkeypatch.setattr(Still, "off_when_compiled", 0.001)
+    with pytest.raises(SystemExit, match=r"fastmim, compiled has the loss 1\.001, fastmim, eager 1;"):
+        peers.measure(problem, "tiny", names, list(peers.MODES), 1, 0, rate)
+
+
+def test_this_engine_is_compared_with_the_peer_that_it_beats_by_least():
+    # By medians `a, compiled` is the fastest peer, but round by round `b, eager` is nearer.
+    samples = {
+        ("fastmim", "eager"): [1.0, 1.0, 4.0],
+        ("a", "compiled"): [2.0, 2.0, 2.0],
+        ("b", "eager"): [1.1, 3.0, 4.4],
+    }
+    memory = {("fastmim", "eager"): 30, ("a", "compiled"): 60, ("b", "eager"): 40}
+    own, fastest, other = peers.compare(samples, memory, "base", "fp32", 8, 1e9)
+    assert own["against"] == "b, eager" and own["ratio"] == pytest.approx(1.1)
+    assert own["memory_ratio"] == 0.75
+    assert fastest["against"] == other["against"] == "a, compiled"
+    assert (fastest["ratio"], other["memory_ratio"]) == (1.0, 40 / 60)
 
 
 def fail(problem):

@@ -1,6 +1,7 @@
 """What timing scripts share: the keys of a row, the refusal to compare what differs, and whose memory is measured."""
 
 import argparse
+import importlib.metadata
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from benchmarks import harness, report
 
 KEYS = {
     *("variant", "size", "dtype", "median_s", "p20_s", "p80_s", "images_per_s", "flops", "mfu"),
-    *("peak_memory_bytes", "ratio", "flop_ratio", "efficiency", "samples"),
+    *("peak_memory_bytes", "ratio", "ratio_range", "flop_ratio", "efficiency", "samples"),
 }
 MIB = 2**20
 
@@ -22,7 +23,6 @@ def row_of(samples, baseline):
         images=8,
         flops=2e9,
         baseline_flops=6e9,
-        peak_flops=4e9,
         peak_memory=5 * MIB,
         note="further",
     )
@@ -35,17 +35,33 @@ def hold(mebibytes):
     return memory.bytes()
 
 
-def test_a_row_has_every_key_and_its_ratios_are_of_the_same_rounds():
+@pytest.fixture
+def rate(monkeypatch):
+    """Of a machine that slows down: each product is half as fast as the one before, from 8 GFLOP/s."""
+    made = report.PeakRate(torch.device("cpu"))
+    monkeypatch.setattr(report, "measure_peak_flops", lambda *_: 8e9 / 2 ** len(made.samples.get("bf16", ())))
+    return made
+
+
+def test_a_row_has_every_key_and_its_ratios_are_of_the_same_rounds(rate):
     row = row_of([1.0, 2.0, 4.0], [2.0, 8.0, 8.0])
     assert row.keys() == KEYS | {"note"}
     assert (row["median_s"], row["ratio"], row["flop_ratio"]) == (2.0, 2.0, 3.0)
-    assert row["images_per_s"] == 4.0 and row["mfu"] == 0.25
+    assert row["images_per_s"] == 4.0 and row["ratio_range"] == [2.0, 4.0]
     assert row["efficiency"] == pytest.approx(2 / 3)
+    for _ in range(2):
+        rate.measure("bf16")
+    assert rate.fill([row])[0]["mfu"] == 0.125 and rate.samples == {"bf16": [8e9, 4e9]}
     table = report.timed_table([row], ("note",))
     assert (
-        "| ours | base | bf16 | 2000 | 1400–3200 | 4.0 | 2 | 25% | 5 | 2.00 | 3.00 | 0.67 | further |"
+        "| ours | base | bf16 | 2000 | 1400–3200 | 4.0 | 2 | 12% | 5 | 2.00 | 2.00–4.00 | 3.00 | 0.67 | further |"
         in table
     )
+
+
+def test_a_row_without_flops_has_no_mfu(rate):
+    row = report.timed_row("ours", "base", "bf16", [1.0], baseline=[1.0], images=8)
+    assert rate.fill([row]) == [row] and row["mfu"] is None
 
 
 def test_contenders_that_differ_are_not_compared():
@@ -66,15 +82,14 @@ def test_rows_are_stored_with_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     parser = argparse.ArgumentParser()
     report.add_options(parser)
-    args = parser.parse_args(["--json", str(tmp_path / "rows.json")])
-    written = report.store("some", [{"variant": "ours"}], args)
-    for path in (tmp_path / "rows.json", tmp_path / "results" / "some.json"):
-        assert json.loads(path.read_text()) == written
+    written = report.store("some", [{"variant": "ours"}], parser.parse_args([]))
+    assert json.loads((tmp_path / "results" / "some.json").read_text()) == written
     assert (
         written["rows"] == [{"variant": "ours"}] and {"cores", "torch", "commit"} <= written["machine"].keys()
     )
-    other = tmp_path / "other.json"
-    report.store("other", [], parser.parse_args(["--no-results", "--json", str(other)]))
+    assert written["machine"]["libraries"]["timm"] == importlib.metadata.version("timm")
+    other = tmp_path / "rows" / "other.json"
+    report.store("other", [], parser.parse_args(["--json", str(other)]))
     assert other.exists() and not (tmp_path / "results" / "other.json").exists()
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import scaling
 from benchmarks.communication import Link, Step, communication_seconds, efficiency, step_seconds
+from tests.benchmarks.test_report import KEYS
 
 STEP = Step(compute=1.0, update=0.4, gradient_bytes=10**9)
 FAST = Link(bandwidth=1e9, latency=0.0)
@@ -48,6 +49,18 @@ def test_two_ranks_are_timed(pair, tiny):
     assert link.bandwidth > 0 and link.latency > 0
 
 
+def test_rows_tell_which_stage_computed_them(tiny):
+    words = [word for word in tiny if not word.startswith("optim")]
+    args = argparse.Namespace(overrides=words, images=2, rounds=1, steps=1)
+    rows = scaling.measure_stage(1, args)
+    names = ["1 rank (ZeRO 0)", "2 ranks, not joined (ZeRO 0)", "2 ranks"]
+    assert [row["variant"] for row in rows] == names
+    for row, ranks in zip(rows, (1, 2, 2), strict=True):
+        assert row.keys() > KEYS
+        assert row["ratio"] == pytest.approx(ranks * row["weak_efficiency"])
+        assert row["flops"] == ranks * rows[0]["flops"] and row["peak_memory_bytes"] > 0 and row["mfu"] > 0
+
+
 def test_tables():
     measured = {
         "size": "s",
@@ -58,12 +71,12 @@ def test_tables():
         "images_per_s": 20.0,
     }
     rows = [
-        {**measured, "variant": "1 rank", "ratio": 1.0, "efficiency": 1.0, "predicted_s": None},
+        {**measured, "variant": "1 rank", "ratio": 1.0, "weak_efficiency": 1.0, "predicted_s": None},
         {
             **measured,
             "variant": "2 ranks",
             "ratio": 1.5,
-            "efficiency": 0.75,
+            "weak_efficiency": 0.75,
             "predicted_s": 0.11,
             "error": 0.1,
         }

@@ -58,19 +58,31 @@ def test_rows_tables_and_curve(monkeypatch, tmp_path):
         return [seconds[name]] * steps, 2**20
 
     monkeypatch.setattr(visible_only, "take_turn", take_turn)
-    monkeypatch.setattr(visible_only, "measure_peak_flops", lambda *args: 1e12)
+    monkeypatch.setattr(report, "measure_peak_flops", lambda *args: 1e12)
     monkeypatch.setattr(report, "in_child", lambda function, *args: function(*args))
     monkeypatch.setattr(visible_only, "BATCHES", {"base": 2, "large": 2})
     out = tmp_path / "rows.json"
     visible_only.main(
         [
-            *("--sizes", "large", "--ratios", "0", "0.75", "--rounds", "2", "--steps", "2", "--no-results"),
+            *(
+                "--sizes",
+                "large",
+                "--curve",
+                "large",
+                "--ratios",
+                "0",
+                "0.75",
+                "--rounds",
+                "2",
+                "--steps",
+                "2",
+            ),
             *("--json", str(out), "--plot", str(tmp_path / "curve.png"), "--set", *SMALL),
         ]
     )
     stored = json.loads(out.read_text())
-    assert len(stored["rows"]) == 9
-    assert all(row.keys() == KEYS | {"mask_ratio", "paper", "curve"} for row in stored["rows"])
+    assert len(stored["rows"]) == 6  # the paper's ratio is one of the curve's
+    assert all(row.keys() == KEYS | {"mask_ratio", "paper"} for row in stored["rows"])
     row = stored["rows"][1]
     assert (row["variant"], row["ratio"], row["paper"], len(row["samples"])) == (VISIBLE, 2.0, 2.8, 4)
     assert 1 < row["flop_ratio"] < 4 and row["efficiency"] == pytest.approx(2 / row["flop_ratio"])
