@@ -30,7 +30,7 @@ class Logits:
     @property
     def chunks(self) -> int:
         """Chunks of rows that the forward pass takes."""
-        return math.ceil(self.rows / chunk_rows(self.rows, self.classes))
+        return math.ceil(self.rows / chunk_rows(self.rows, self.classes, self.columns))
 
     @property
     def floor(self) -> int:

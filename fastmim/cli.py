@@ -129,7 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("source", metavar="RUN", help="a run, a checkpoint directory or a weights file")
     export.add_argument("out", metavar="OUT", help="a file; a folder for transformers")
-    export.add_argument("--to", required=True, choices=["timm", "transformers", "mae", "fastmim"])
+    export.add_argument(
+        "--to",
+        required=True,
+        choices=["timm", "transformers", "mae", "fastmim"],
+        help="who is to load it: timm, transformers (a folder), facebookresearch/mae (.pth), or this engine",
+    )
     export.add_argument("--encoder-only", action="store_true", help="leave the decoder out")
     export.add_argument("--ema", action="store_true", help="use the averaged weights")
     export.add_argument(
@@ -146,7 +151,11 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument("source", metavar="SOURCE", help="a .safetensors or .pth file, or a folder")
     bring.add_argument("out", metavar="OUT", help="a .safetensors file")
     bring.add_argument(
-        "--from", dest="layout", default="auto", choices=["auto", "timm", "transformers", "mae"]
+        "--from",
+        dest="layout",
+        default="auto",
+        choices=["auto", "timm", "transformers", "mae"],
+        help="whose names the file has (default: told by the names)",
     )
     bring.add_argument(
         "--fixed-positions", action="store_true", help="sin-cos positions in place of learned ones"

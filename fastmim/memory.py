@@ -38,7 +38,8 @@ class Memory:
     buckets: int
     """Where gradients are put together to be summed over the ranks."""
     optimiser: int
-    """Float32 copies of the parameters, or what bfloat16 lacks of them, and AdamW's two moments."""
+    """Float32 copies of the parameters, or what bfloat16 lacks of them, AdamW's two moments, and the average of weights
+    (`train.ema_decay`)."""
     update: int
     """Float32 gradients, and values that are not kept, while the optimiser runs."""
     activations: int
@@ -107,6 +108,7 @@ def predict_memory(
         update = 8 * min(count, CHUNKS["cpu" if on_cpu else "cuda"])
     else:
         update = 0 if offloads or precision == "fp32" else 4 * count // shards
+    average = 4 * count // shards if config.train.ema_decay and not offloads else 0
     activations, recomputed = _activations(
         config, item, world_size, fused_loss, by_rows=on_cpu and stage != 3
     )
@@ -115,7 +117,7 @@ def predict_memory(
         gathered=min(count - whole, _LIVE_PARAMETERS) * item if stage == 3 else 0,
         gradients=count // shards * (4 if summed else item),
         buckets=_bucket(config, count, world_size, stage, on_cpu) * item,
-        optimiser=0 if offloads else (8 + copies) * count // shards,
+        optimiser=(0 if offloads else (8 + copies) * count // shards) + average,
         update=update,
         activations=activations,
         recomputed=recomputed,

@@ -16,9 +16,11 @@ from ._dispatch import kernel
 from ._operation import operation
 from .scale_gradient import scale_gradient
 
-CHUNK_ELEMENTS = 2**24
-"""Most logits of a chunk of more than 128 rows: 32 MiB in bfloat16, which the L2 cache of an A100 or H100 holds.
-Fewer would have the weight read, and its gradient's sum read and written, for more chunks."""
+CACHED_LOGITS = 2**24
+"""Most logits of a chunk that is to stay in the L2 cache of an A100 or H100: 32 MiB in bfloat16."""
+
+CHUNK_LOGITS = 2**28
+"""Most logits of any chunk of more than 128 rows: 512 MiB in bfloat16."""
 
 CHUNK_ROWS = 1024
 """Most rows of a chunk. A chunk's weight gradient is formed in the dtype of the rows: float16 must hold its sums."""
@@ -127,9 +129,15 @@ def _softmax_gradient_torch(
         logits.copy_(values)
 
 
-def chunk_rows(rows: int, classes: int) -> int:
-    """Rows whose logits exist at a time: up to CHUNK_ELEMENTS logits, within 128..CHUNK_ROWS rows."""
-    return min(rows, CHUNK_ROWS, max(128, CHUNK_ELEMENTS // classes // 128 * 128))
+def chunk_rows(rows: int, classes: int, columns: int) -> int:
+    """Rows whose logits exist at a time, within 128..CHUNK_ROWS.
+
+    A chunk moves 10 bytes a logit unless they are cached, and 16 bytes a class and column for the weight's side: chunks
+    of fewer than about 2 `columns` rows, which keep logits in the cache, move more than that saves.
+    """
+    cached, most = (limit // classes // 128 * 128 for limit in (CACHED_LOGITS, CHUNK_LOGITS))
+    chosen = cached if cached >= min(CHUNK_ROWS, 2 * columns) else most
+    return min(rows, CHUNK_ROWS, max(128, chosen))
 
 
 def weight_gradient_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -159,7 +167,7 @@ def _forward(
     kept = weight_gradient_dtype(x, weight)
     grad_weight = x.new_empty(0, dtype=kept)
     grad_bias = x.new_zeros(classes if needs[2] else 0, dtype=compute)
-    step = chunk_rows(rows, classes)
+    step = chunk_rows(rows, classes, x.shape[1])
     buffer = x.new_empty(step, classes)
     for start in range(0, rows, step):
         chunk = x[start : start + step]

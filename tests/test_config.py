@@ -45,6 +45,10 @@ BAD = [
     ("deepspeed.gradient_clipping=1", "deepspeed.gradient_clipping is set by optim.clip_grad"),
     ("deepspeed.zero_optimization.stage=4", "deepspeed.zero_optimization.stage=4; expected 0, 1, 2 or 3"),
     (
+        "deepspeed.zero_optimization={stage: 0, offload_optimizer: {device: cpu}}",
+        "deepspeed.zero_optimization.offload_optimizer without ZeRO; expected deepspeed.zero_optimization.stage=1, 2",
+    ),
+    (
         "target.kind=features",
         "target.kind='features' with objective.name='mae'; expected one of pixels, pca, tokens",
     ),
@@ -65,6 +69,13 @@ def test_bad_value_is_named(override, message):
         recipes.load("mae_vit_base", [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_may_be_written_as_powers_of_ten():
+    words = ["data.channels=1", "data.mean=5e-1", "data.std=[2E-1]", "optim.blr=1e-3", "train.max_steps=1e3"]
+    config = recipes.load("mae_vit_base", [*words, "output=1e-3x"])
+    assert (config.data.mean, config.data.std) == ([0.5], [0.2])
+    assert (config.optim.blr, config.train.max_steps, config.output) == (1e-3, 1000, "1e-3x")
 
 
 CROSS = "objective.decoder=cross"

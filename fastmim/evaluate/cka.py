@@ -114,6 +114,7 @@ def compare(
     else:
         scores = _under_masks(sides[0], ratios, batch)
         columns = [f"{ratio:.0%} masked" for ratio in ratios]
+    found = sides[0].compared(batch)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "cka.csv", scores, columns)
@@ -138,6 +139,11 @@ class _Side:
         )
         self.index = build_index(images, config.data, progress=False, option="--images")
         self.count = min(count, len(self.index))
+
+    def compared(self, batch: int) -> int:
+        """How many images are compared in batches of this size."""
+        rest = self.count % batch
+        return self.count - (rest if rest < MIN_BATCH else 0)
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """The first images, uint8 [size, H, W, C]; a last batch that is too small to compare is left out."""

@@ -1,6 +1,7 @@
 """Recipes: YAML files of this folder, resolved with `key=value` overrides into a `Config`."""
 
 import difflib
+import re
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -133,6 +134,17 @@ _Dumper.add_representer(
 )
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 and 5e8 as numbers, as YAML 1.2 does; PyYAML asks for a point and a sign."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
 def _read(recipe: str, option: str, folder: Traversable, installed: list[str]) -> dict[str, Any]:
     """The mapping in a recipe: one of those `installed` in a folder, or a file of the person's."""
     told = f"{option} {recipe}"
@@ -149,7 +161,7 @@ def _read(recipe: str, option: str, folder: Traversable, installed: list[str]) -
     else:
         raise ConfigError(f"{told}: unknown recipe; expected one of {', '.join(installed)} or a .yaml file")
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{told}: not YAML: {' '.join(str(error).split())}") from None
     if values is None:
@@ -164,7 +176,7 @@ def _parse_override(word: str) -> tuple[str, Any]:
     if not equals or not key:
         raise ConfigError(f"{word!r} is not an override; expected key.sub=value")
     try:
-        return key, yaml.safe_load(text)
+        return key, yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ConfigError(f"{key}={text!r}: the value is not YAML") from None
 

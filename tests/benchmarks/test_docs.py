@@ -78,7 +78,9 @@ def test_the_page_asks_for_tables_that_scripts_make():
 def test_backends_that_differ_are_not_compared():
     import torch
 
-    same = {"sdpa": lambda: torch.ones(3), "matmul": lambda: torch.ones(3)}
+    one, other = torch.ones(3), torch.full((3,), 1.1)
+    same = {"sdpa": lambda: (one, one), "matmul": lambda: (one, one)}
     attention.require_same(same, 1e-6)
-    with pytest.raises(SystemExit, match="no speed-up is told"):
-        attention.require_same(same | {"matmul": lambda: torch.full((3,), 1.1)}, 1e-2)
+    for what, pair in {"result": (other, one), "gradient": (one, other)}.items():
+        with pytest.raises(SystemExit, match=f"the {what} of matmul differs .* no speed-up is told"):
+            attention.require_same(same | {"matmul": lambda pair=pair: pair}, 1e-2)

@@ -53,6 +53,15 @@ def test_activations_of_a_gpu_are_those_of_blocks_that_compute_nothing_again(tin
     assert predicted == pytest.approx(kept, rel=memory.TOLERANCE["activations"])
 
 
+@pytest.mark.parametrize(("stage", "share"), [(0, 1), (2, 2)])
+def test_an_average_of_the_weights_takes_four_bytes_each(tiny, stage, share):
+    words = [*tiny, f"{memory.STAGE}={stage}"]
+    plain = predict_memory(make_config(words), "bf16", 2)
+    averaged = predict_memory(make_config([*words, "train.ema_decay=0.999"]), "bf16", 2)
+    count = sum(parameter_sizes(make_config(words)))
+    assert averaged.states - plain.states == 4 * count // share
+
+
 def test_the_parameters_are_those_of_the_model(tiny):
     config = make_config(tiny)
     built = [parameter.numel() for parameter in build_objective(config).parameters()]

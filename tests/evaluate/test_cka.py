@@ -76,6 +76,9 @@ def test_the_command_compares_masked_with_whole_images_and_runs(run, capsys):
     assert header == ["layer", "25% masked", "75% masked"] and len(rows) == 2
     assert all(-0.5 < value <= 1.2 for row in rows for value in row[1:])
     assert main(["cka", checkpoint, checkpoint, *options, "--out", str(run / "pair")]) == 0
+    assert "linear CKA of 12 images" in capsys.readouterr().out
+    assert main(["cka", checkpoint, checkpoint, *options[:4], "--batch", "5", "--out", str(run / "few")]) == 0
+    assert "linear CKA of 10 images" in capsys.readouterr().out  # two are too few to compare
     _, rows = read(run / "pair" / "cka.csv")
     assert [row[1 + layer] for layer, row in enumerate(rows)] == pytest.approx([1.0] * len(rows))
     assert (run / "pair" / "cka.png").read_bytes().startswith(b"\x89PNG")

@@ -124,6 +124,12 @@ def test_a_stopped_evaluation_goes_on_to_the_same_numbers(command, tmp_path, mon
     assert once | {"seconds": 0} == resumed | {"seconds": 0}
 
 
+def test_a_training_that_diverged_tells_no_score(command, tmp_path, capsys):
+    assert command(*LINEAR, "epochs=3", "lr=1e30", "warmup_steps=0", "pictures=0") == 3
+    assert "steps had a finite loss; lower lr=1e+30" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "eval.json").exists()
+
+
 def test_without_test_images_a_share_is_held_out(command, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("sea\nmeadow\nbrick\nsnow\n")

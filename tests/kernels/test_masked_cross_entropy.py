@@ -4,7 +4,8 @@ import pytest
 import torch
 from fastmim.kernels import _dispatch
 from fastmim.kernels.masked_cross_entropy import (
-    CHUNK_ELEMENTS,
+    CACHED_LOGITS,
+    CHUNK_LOGITS,
     CHUNK_ROWS,
     _forward,
     chunk_rows,
@@ -135,15 +136,20 @@ def test_logits_never_exist_as_a_whole(backend, needs_grad):
     assert largest.size == 128 * classes * 4
 
 
-def test_a_chunk_fits_the_cache(monkeypatch):
+def test_a_chunk_fits_the_cache_where_that_saves_more_than_it_costs(monkeypatch):
     monkeypatch.undo()
-    assert chunk_rows(37, 8192) == 37
+    assert chunk_rows(37, 8192, 768) == 37
     # ViT-B, 64 images
-    assert chunk_rows(64 * 147, 8192) == 1024
-    for shape in ((10**6, 8192), (10**6, 5), (10**5, 9408), (10**5, 10**5)):
+    assert chunk_rows(64 * 147, 8192, 768) == 1024
+    for shape in ((10**6, 8192, 768), (10**6, 5, 768), (10**5, 9408, 512), (10**5, 10**5, 64)):
         rows = chunk_rows(*shape)
         assert rows % 128 == 0 and rows <= CHUNK_ROWS
-        assert rows == 128 or rows * shape[1] <= CHUNK_ELEMENTS
+        assert rows * shape[1] <= CACHED_LOGITS
+    # C-MAE on 8 GPUs of 64 and of 512 images: a chunk of 128 rows would read the keys several times as often.
+    for classes, wanted in ((75_264, 1024), (602_112, 384)):
+        assert chunk_rows(75_264, classes, 256) == wanted
+        assert wanted * classes <= CHUNK_LOGITS
+    assert chunk_rows(1000, 10**7, 256) == 128
 
 
 def test_large_logits_are_finite(backend):
@@ -169,7 +175,7 @@ def test_float16_gradient_survives_at_training_size(backend):
 def test_weight_gradient_keeps_float32_precision_over_chunks(backend):
     # One chunk of ones, then seven whose 0.246 each is below half a step of bfloat16 at their sum of 126.
     rows, classes = 1024, 64
-    assert chunk_rows(rows, classes) == 128
+    assert chunk_rows(rows, classes, 1) == 128
     x = torch.full((rows, 1), 2.0**-9, dtype=torch.bfloat16)
     x[:128] = 1
     weight = torch.zeros(classes, 1, dtype=torch.bfloat16, requires_grad=True)

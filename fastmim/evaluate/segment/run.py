@@ -1,5 +1,6 @@
 """The protocol `segment`: read images with masks, train a head, predict, and tell how right it was."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,9 @@ def evaluate_segment(job: Job) -> Segmentation:
     losses = train_segmenter(model, job)
     matrix, samples = _tested(model, job)
     last = losses[-max(1, round(len(job.train) / config.batch_size)) :]
-    return Segmentation(matrix, samples, {"steps": len(losses), "train_loss": sum(last) / len(last)})
+    finite = [loss for loss in last if math.isfinite(loss)]
+    train_loss = sum(finite) / len(finite) if finite else None
+    return Segmentation(matrix, samples, {"steps": len(losses), "train_loss": train_loss})
 
 
 def _tested(model: Segmenter, job: Job) -> tuple[torch.Tensor, list[Sample]]:

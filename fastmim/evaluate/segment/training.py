@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fastmim.errors import ConfigError
+from fastmim.errors import ConfigError, TrainingAborted
 from fastmim.evaluate.classifier import layer_decay_groups
 from fastmim.evaluate.job import Job
 from fastmim.evaluate.resume import State
@@ -42,6 +42,7 @@ def train_segmenter(model: Segmenter, job: Job) -> list[float]:
 
     Raises:
         ConfigError: no step, a warm-up without an end, or a batch that the ranks cannot share.
+        TrainingAborted: the last epoch had no finite loss.
     """
     config, ranks = job.config, job.ranks
     total = steps_of(config, len(job.train))
@@ -85,6 +86,11 @@ def train_segmenter(model: Segmenter, job: Job) -> list[float]:
             kept.save(state | {"model": _trained(model)})
             saved_at = time.monotonic()
     model.eval()
+    last = losses[-max(1, round(len(job.train) / config.batch_size)) :]
+    if not ranks.mean(last.isfinite().any().float()):
+        raise TrainingAborted(
+            f"none of the last {len(last)} steps had a finite loss; lower lr={config.lr:g}", everywhere=True
+        )
     return losses.tolist()
 
 
