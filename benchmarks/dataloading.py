@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 from benchmarks import harness, report
 from benchmarks.decoding import stage_rows
-from benchmarks.loaders import BASELINE, LOADERS, measure, processes, require_same_work
+from benchmarks.loaders import BASELINE, LOADERS, UINT8, measure, processes, require_same_work
 from benchmarks.markdown import table
 from benchmarks.photographs import write_photographs
 
@@ -71,7 +71,8 @@ def tables(stored: dict) -> dict[str, str]:
         "CPU ms an image",
         "× torchvision's images/s",
     ]
-    header += ["× torchvision's images per CPU second"]
+    header += ["× torchvision's images per CPU second", "× those of uint8"]
+    alike = {row["size"]: row["cpu_samples"] for row in stored["rows"] if row["variant"] == UINT8}
     lines = []
     for row in stored["rows"]:
         batches = float(stored["arguments"]["images"]) // float(stored["arguments"]["batch"])
@@ -81,6 +82,9 @@ def tables(stored: dict) -> dict[str, str]:
                 "–".join(f"{1e3 * row[key] / max(1, batches):.0f}" for key in ("p20_s", "p80_s")),
                 f"{1e3 * row['cpu_s_per_image']:.2f}",
                 *(f"{row[key]:.2f}" for key in ("ratio", "cpu_ratio")),
+                f"{harness.ratio(alike[row['size']], row['cpu_samples']):.2f}"
+                if row["size"] in alike
+                else "–",
             ]
         )
     stages = [

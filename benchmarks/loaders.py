@@ -112,11 +112,11 @@ def torchvision_bytes(source: Path, batch: int, workers: int) -> Iterator[Tensor
     return torchvision_batches(source, batch, workers, normalise=False)
 
 
-BASELINE = "torchvision"
+BASELINE, UINT8 = "torchvision", "torchvision, uint8"
 
 LOADERS: dict[str, tuple[Callable[[Path, int, int], Iterator[Tensor]], str]] = {
     BASELINE: (torchvision_batches, "folder"),
-    "torchvision, uint8": (torchvision_bytes, "folder"),
+    UINT8: (torchvision_bytes, "folder"),
     "timm": (timm_batches, "folder"),
     "timm, tar": (timm_batches, "tar"),
     "fastmim": (fastmim_batches, "folder"),

@@ -55,9 +55,10 @@ def test_own_loader(photographs):
 
 def test_tables():
     row = {"variant": "fastmim", "size": "q75, 1 core", "images_per_s": 400.0, "p20_s": 0.4, "p80_s": 0.8}
-    row |= {"cpu_s_per_image": 0.0025, "ratio": 2.0, "cpu_ratio": 1.5}
+    row |= {"cpu_s_per_image": 0.0025, "ratio": 2.0, "cpu_ratio": 1.5, "cpu_samples": [1.0, 2.0, 4.0]}
+    alike = row | {"variant": loaders.UINT8, "cpu_samples": [1.2, 2.4, 4.4]}
     stage = {"variant": "decode", "size": "q75", "cpu_s_per_image": 0.001}
-    stored = {"arguments": {"images": "128", "batch": "64"}, "rows": [row], "stages": [stage]}
+    stored = {"arguments": {"images": "128", "batch": "64"}, "rows": [alike, row], "stages": [stage]}
     made = dataloading.tables(stored)
-    assert "| fastmim | q75, 1 core | 400 | 200–400 | 2.50 | 2.00 | 1.50 |" in made["dataloading"]
+    assert "| fastmim | q75, 1 core | 400 | 200–400 | 2.50 | 2.00 | 1.50 | 1.20 |" in made["dataloading"]
     assert "| decode | q75 | 1.00 |" in made["dataloading_stages"]
