@@ -15,6 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from fastmim import checkpoint as checkpoints
 from fastmim import manifest as manifests
 from fastmim import recipes
+from fastmim.bad_images import BadImages
 from fastmim.beginning import begin
 from fastmim.config import Config
 from fastmim.data.loader import Loader
@@ -107,13 +108,12 @@ class Trainer:
         decay = config.train.ema_decay
         self.ema = EMA(checkpoints.master_tensors(self.engine), decay) if decay else None
         self.step, self.skipped = 0, 0
-        self.bad: dict[int, str] = {}
-        self._aborting: TrainingAborted | None = None
+        bad: dict[int, str] = {}
         if found is not None:
             folder, manifest = found
             checkpoints.load(self.engine, folder, self.ema)
             self.step, self.skipped = manifest["step"], manifest["state"]["skipped"]
-            self.bad = {int(sample): name for sample, name in manifest["state"]["bad_images"].items()}
+            bad = {int(sample): name for sample, name in manifest["state"]["bad_images"].items()}
 
         self.loader = Loader(
             self.index,
@@ -129,6 +129,7 @@ class Trainer:
             start_step=self.step,
             ends_with_ranks=True,
         )
+        self.bad_images = BadImages(self.loader, ranks, bad)
         epoch = self.loader.samples_per_epoch
         self.total_steps = -(-int(config.optim.epochs * epoch) // config.optim.batch_size)
         if not self.total_steps:
@@ -158,7 +159,7 @@ class Trainer:
         stop = self.ranks.start_flags(signals.received is not None).wait()[0]
         while self.step < self.last_step and not stop:
             flags = self.ranks.start_flags(
-                signals.received is not None, self._is_save_due(saved_at), self.loader.failed is not None
+                signals.received is not None, self._is_save_due(saved_at), self.bad_images.rank_failed
             )
             lr = self._set_learning_rate()
             self.objective.progress = self.step / self.total_steps
@@ -172,7 +173,7 @@ class Trainer:
                 self._log(lr, recent)
             every = config.checkpoint.every_steps
             started = time.perf_counter()
-            aborting = self._too_many_bad(failed)
+            aborting = self.bad_images.why_end(failed)
             if ending or save or aborting or (every and self.step % every == 0):
                 self._save()
                 saved_at = time.monotonic()
@@ -242,7 +243,7 @@ class Trainer:
         loss, finite, skipped, *parts = self.ranks.mean(self.window.sums()).tolist()
         names = [f"loss_{name}" for name in self.window.parts()]
         self.skipped += round(skipped)
-        self._gather_bad_images()
+        self.bad_images.gather()
         speed = self.window.throughput(self.config.optim.batch_size)
         achieved = speed["images_per_s"] / self.ranks.world_size * self._flops_per_image
         self.window.reset()
@@ -257,42 +258,12 @@ class Trainer:
                 **speed,
                 "peak_memory_bytes": peak_memory_bytes(self.ranks.device),
                 "skipped_steps": self.skipped,
-                "bad_images": len(self.bad),
+                "bad_images": self.bad_images.count,
                 "mfu": achieved / self._peak_flops if self._peak_flops else None,
             }
             self.metrics.write(record)
         if most_in_a_row >= self.config.train.max_skipped_in_a_row:
             self._abort(most_in_a_row, recent)
-
-    def _gather_bad_images(self) -> None:
-        """Count over all ranks, and over the run's parts, the images that could not be decoded.
-
-        Those that are too many are not stored with the run: it can go on when they are repaired.
-        """
-        found = dict(self.bad)
-        for bad in self.ranks.gather({sample: self.index.name(sample) for sample in self.loader.bad}):
-            found |= bad
-        allowed = self.config.data.allowed_bad(len(self.index))
-        if len(found) <= allowed:
-            self.bad = found
-        elif self._aborting is None:
-            self._aborting = TrainingAborted(
-                f"{len(found)} of {len(self.index)} images cannot be decoded; expected at most {allowed} "
-                f"(data.max_bad_fraction={self.config.data.max_bad_fraction:g}): {', '.join(found.values())}"
-            )
-
-    def _too_many_bad(self, failed: bool) -> TrainingAborted | None:
-        """Why the run ends for its images, the same on all ranks; its state is saved before.
-
-        Args:
-            failed: whether the loader of some rank has no further batches.
-        """
-        if failed:
-            found = [error for error in self.ranks.gather(self.loader.failed) if error is not None]
-            self._aborting = found[0]
-        if self._aborting is not None:
-            self._aborting.everywhere = True
-        return self._aborting
 
     def _gradient_norm(self) -> float | None:
         norm = self.engine.get_global_grad_norm()
@@ -317,7 +288,7 @@ class Trainer:
             "epoch": self.step * self.config.optim.batch_size / self.loader.samples_per_epoch,
             "fingerprint": self.index.fingerprint,
             "skipped": self.skipped,
-            "bad_images": self.bad,
+            "bad_images": self.bad_images.stored,
             "frozen": self.fingerprints,
         }
         checkpoints.save(self.engine, self.ranks, self.config, self.precision, self.step, state, self.ema)

@@ -13,7 +13,7 @@ from tests.launching import ROOT, TINY_YAML, environment, train, write_images
 
 def fastmim(*arguments, cwd=None):
     return subprocess.run(
-        [sys.executable, "-m", "fastmim.cli", *arguments],
+        [sys.executable, "-m", "fastmim", *arguments],
         cwd=cwd,
         env=environment(),
         capture_output=True,

@@ -103,6 +103,8 @@ def test_a_measured_peak_is_that_of_the_fastest_product(monkeypatch):
 
 def test_peak_is_known_in_16_bits_or_given():
     assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_flops("NVIDIA H200 NVL", "bf16") == 835e12
     assert peak_flops("NVIDIA H100 80GB HBM3", "fp32") is None
     assert peak_flops("cpu", "bf16") is None
     assert peak_flops("cpu", "fp32", 0.3) == 0.3e12

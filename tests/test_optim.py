@@ -77,3 +77,11 @@ def test_a_finite_gradient_steps_as_adamw_does():
     torch.testing.assert_close(ours.weight, theirs.weight)
     for parameter, address in made.items():  # with the optimiser, not amid the first step
         assert optimizers[0].state[parameter]["exp_avg"].data_ptr() == address
+
+
+def test_what_is_not_guarded_is_refused():
+    layer = torch.nn.Linear(4, 3)
+    with pytest.raises(AssertionError, match="amsgrad"):
+        GuardedAdamW(layer.parameters(), amsgrad=True)
+    with pytest.raises(AssertionError, match="closure"):
+        GuardedAdamW(layer.parameters()).step(lambda: None)

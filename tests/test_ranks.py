@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -66,6 +67,17 @@ def test_two_ranks_agree(tmp_path):
     assert first["flags"] == second["flags"] == [True, False, True]
     assert first["mean"] == second["mean"] == [1.5, 4.0]
     assert first["error"] == second["error"] == "no good"
+
+
+def test_ranks_wait_for_what_one_does_alone_longer_than_gloo_would(monkeypatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    from fastmim import ranks
+
+    made = []
+    monkeypatch.setattr(ranks.dist, "new_group", lambda **options: made.append(options))
+    ranks.Ranks().open_host_group()
+    assert made[0]["backend"] == "gloo" and made[0]["timeout"] >= timedelta(hours=12)
 
 
 def test_alone_nothing_is_waited_for(monkeypatch):

@@ -18,9 +18,7 @@ from tests.launching import (
     launch,
     losses,
     records,
-    start,
     train,
-    wait_for,
     write_images,
 )
 
@@ -241,72 +239,6 @@ def test_folder_tar_and_npy_of_the_same_images_give_the_same_losses(tmp_path):
     assert got["folder"] == got["tar"] == got["npy"]
 
 
-def test_bad_images_are_named_and_the_run_goes_on(tmp_path):
-    (tmp_path / "tiny.yaml").write_text(TINY_YAML)
-    folder = write_images(tmp_path / "images", 16, suffix=".jpg")
-    whole = (folder / "0003.jpg").read_bytes()
-    (folder / "empty.jpg").touch()
-    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    # A header that reads well and a body that does not: only decoding finds out.
-    scan = whole.index(b"\xff\xda")
-    (folder / "corrupt.jpg").write_bytes(whole[:scan] + b"\xff\xda\x00\x02" + b"\x00" * 200 + b"\xff\xd9")
-    done = launch(
-        tmp_path / "tiny.yaml",
-        "data.source=images",
-        "output=run",
-        "train.max_steps=8",
-        "data.max_bad_fraction=0.2",
-    )
-    assert done.returncode == 0, done.stdout
-    for name in ("empty.jpg", "truncated.jpg", "corrupt.jpg"):
-        assert name in done.stdout
-
-
-def test_too_many_bad_images_end_the_run_with_their_names(tmp_path):
-    (tmp_path / "tiny.yaml").write_text(TINY_YAML)
-    folder = write_images(tmp_path / "images", 16, suffix=".jpg")
-    for i in range(8):
-        whole = (folder / f"{i:04d}.jpg").read_bytes()
-        scan = whole.index(b"\xff\xda")
-        (folder / f"{i:04d}.jpg").write_bytes(
-            whole[:scan] + b"\xff\xda\x00\x02" + b"\x00" * 200 + b"\xff\xd9"
-        )
-    done = launch(
-        tmp_path / "tiny.yaml",
-        "data.source=images",
-        "output=run",
-        "train.max_steps=8",
-        "data.max_bad_fraction=0.2",
-    )
-    assert done.returncode == 3, done.stdout
-    told = done.stdout[done.stdout.index("launch.py: ") :]
-    assert "4 of 16 images cannot be decoded; expected at most 3 (data.max_bad_fraction=0.2)" in told
-    assert told.count(".jpg: ") == 4 and "Traceback" not in done.stdout
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_where_storage_fails_the_run_is_saved_and_goes_on_later(tmp_path, ranks):
-    (tmp_path / "tiny.yaml").write_text(TINY_YAML)
-    folder, away = write_images(tmp_path / "images", 64, suffix=".png"), tmp_path / "away"
-    arguments = ["data.source=images", "output=run", "log.every_steps=1", "optim.epochs=2000"]
-    log = tmp_path / "background.log"
-    process = start(tmp_path / "tiny.yaml", *arguments, ranks=ranks)
-    wait_for(lambda: " step 3/" in log.read_text(), process)
-    folder.rename(away)
-    process.wait(300)
-    told = log.read_text()
-    assert process.returncode == 3, told
-    messages = [line for line in told.splitlines() if line.startswith("launch.py: ")]
-    assert len(messages) == 1 and "images cannot be decoded; expected at most 1" in messages[0], told
-    assert "Traceback" not in told
-    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
-    step = int(saved.name.removeprefix("step-"))
-    assert step >= 3
-    away.rename(folder)
-    done = launch(tmp_path / "tiny.yaml", *arguments, f"train.max_steps={step + 4}", ranks=ranks)
-    assert done.returncode == 0 and f"resuming after step {step} of " in done.stdout, done.stdout
-
-
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 2), ("bf16", 1), ("bf16", 2)])
 def test_non_finite_steps_are_skipped_then_the_run_aborts(recipe, precision, stage):
     output = f"diverge_{precision}_{stage}"
@@ -354,19 +286,6 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(recipe, arguments, message):
 def test_an_unknown_kernel_mode_is_refused(recipe):
     done = launch(recipe, "data.source=images", "output=bad", FASTMIM_KERNELS="foo")
     assert done.returncode == 2 and "launch.py: FASTMIM_KERNELS is 'foo'; expected one of" in done.stdout
-
-
-def test_bad_images_are_counted_over_all_ranks(tmp_path):
-    (tmp_path / "tiny.yaml").write_text(TINY_YAML)
-    folder = write_images(tmp_path / "images", 24, suffix=".png")
-    for i in range(4):  # two for each rank, most likely; either alone is within the limit of three
-        whole = (folder / f"{i:04d}.png").read_bytes()
-        (folder / f"{i:04d}.png").write_bytes(whole[:60] + bytes(len(whole) - 80) + whole[-20:])
-    arguments = ["data.source=images", "output=run", "data.max_bad_fraction=0.125", "train.max_steps=12"]
-    done = launch(tmp_path / "tiny.yaml", *arguments, ranks=2)
-    assert done.returncode == 3, done.stdout
-    told = [line for line in done.stdout.splitlines() if line.startswith("launch.py: ")]
-    assert "4 of 24 images cannot be decoded; expected at most 3" in told[0]
 
 
 @pytest.mark.parametrize("steps", [2, 11])

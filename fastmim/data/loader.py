@@ -226,14 +226,26 @@ class Loader:
             raise self._too_many_bad()
 
     def _too_many_bad(self) -> TrainingAborted:
-        lines = [
-            f"{len(self.bad)} of {len(self.index)} images cannot be decoded; expected at most {self._allowed_bad} "
-            f"(data.max_bad_fraction={self.config.max_bad_fraction:g})"
-        ]
-        lines += [f"  {self.index.name(i)}: {why}" for i, why in list(self.bad.items())[:_BAD_SHOWN]]
-        if len(self.bad) > _BAD_SHOWN:
-            lines.append(f"  and {len(self.bad) - _BAD_SHOWN} more")
-        return TrainingAborted("\n".join(lines))
+        told = [f"{self.index.name(sample)}: {reason}" for sample, reason in self.bad.items()]
+        return too_many_bad(told, len(self.index), self.config)
+
+
+def too_many_bad(told: list[str], images: int, config: DataConfig) -> TrainingAborted:
+    """The error of a set with too many bad images.
+
+    Args:
+        told: a name of each, or more.
+        images: in the set.
+        config: of the set.
+    """
+    lines = [
+        f"{len(told)} of {images} images cannot be decoded; expected at most {config.allowed_bad(images)} "
+        f"(data.max_bad_fraction={config.max_bad_fraction:g})",
+        *(f"  {one}" for one in told[:_BAD_SHOWN]),
+    ]
+    if len(told) > _BAD_SHOWN:
+        lines.append(f"  and {len(told) - _BAD_SHOWN} more")
+    return TrainingAborted("\n".join(lines))
 
 
 def load_images(

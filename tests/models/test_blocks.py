@@ -182,3 +182,8 @@ def test_position_table_is_zero_for_cls_and_distinct_elsewhere():
     # Two patches of one column share the first half, two of one row the second.
     grid = table[0, 1:].view(3, 5, 16)
     assert torch.equal(grid[0, 2, :8], grid[2, 2, :8]) and torch.equal(grid[1, 0, 8:], grid[1, 4, 8:])
+
+
+def test_rates_of_stochastic_depth_are_numbers_of_a_model_on_meta_too():
+    with torch.device("meta"):
+        assert blocks_module.drop_path_rates(0.2, 3) == pytest.approx([0.0, 0.1, 0.2])

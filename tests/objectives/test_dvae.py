@@ -13,6 +13,7 @@ from fastmim import manifest as manifests
 from fastmim import recipes
 from fastmim.config_objective import DVAE_STRIDE
 from fastmim.errors import ConfigError
+from fastmim.models.dvae import ResidualBlock
 from fastmim.objectives import build_objective
 from tests.launching import losses, train, write_images
 
@@ -229,3 +230,12 @@ def test_two_ranks_learn_alike_whatever_the_stage(recipe):
         found.append(losses(train(recipe, "data.source=images", *words, ranks=2)))
     assert len(found[0]) == 3
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
+def test_every_block_is_compiled_however_many_there_are(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    objective = build_objective(recipes.load("dvae_small", ["train.compile=true"]))
+    objective.compile_blocks()
+    blocks = [module for module in objective.modules() if isinstance(module, ResidualBlock)]
+    assert all(block._compiled_call_impl is not None for block in blocks)
+    assert torch._dynamo.config.recompile_limit >= 4 * len(blocks)
