@@ -78,7 +78,7 @@ class Problem:
     def state(self) -> dict[str, Tensor]:
         """The initial weights in the layout of facebookresearch/mae."""
         tensors = read_weights(str(self.weights / OURS)).tensors
-        return to_layout(tensors, MAE, Architecture.of(self.config, decoder=True), self.config.grid)
+        return to_layout(tensors, MAE, Architecture.of(self.config, decoder=True), self.config)
 
 
 def write_weights(config: Config, folder: Path) -> None:

@@ -50,6 +50,9 @@ class ModelConfig(Section):
     positions: Literal["sincos", "learned"] = "sincos"
     """The encoder's position table: fixed (MAE, appendix A.1), or parameters, as most ViTs elsewhere have. Decoders'
     tables are fixed."""
+    positions_grid: tuple[Positive, Positive] | None = None
+    """Patches per column and row that the fixed tables are computed for, then resized to those of an image; null is
+    those of an image. Weights that were trained on images of another size want the grid that they saw."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth rate of the last block, rising linearly from 0."""
     init: str | None = None
@@ -188,6 +191,11 @@ class Config(Section):
         """Patches per column and row of an image."""
         height, width = self.data.image_size
         return height // self.model.patch_size, width // self.model.patch_size
+
+    @property
+    def positions_grid(self) -> tuple[int, int]:
+        """The grid that fixed position tables are computed for."""
+        return self.model.positions_grid or self.grid
 
     @property
     def zero_stage(self) -> int:

@@ -82,10 +82,13 @@ class Classifier(nn.Module):
 
 
 def finetuned_config(trained: Config, image_size: tuple[int, int], drop_path: float) -> Config:
-    """The configuration of an encoder, for images of another size and another stochastic depth."""
+    """The configuration of an encoder, for images of another size and another stochastic depth.
+
+    Fixed positions stay those of the grid that it was trained with, resized.
+    """
     changes: dict[str, dict[str, Any]] = {
         "data": {"image_size": image_size},
-        "model": {"drop_path": drop_path},
+        "model": {"drop_path": drop_path, "positions_grid": trained.positions_grid},
         "train": {"activation_checkpointing": False},
     }
     return trained.model_copy(
@@ -99,7 +102,7 @@ def copy_encoder(encoder: Encoder, old: tuple[int, int], config: Config, precisi
     Args:
         encoder: trained.
         old: its patches per column and row.
-        config: of the copy; learned positions are resized to its grid, others computed for it.
+        config: of the copy, from `finetuned_config`; positions are resized to its grid.
         precision: that it will be computed in; attention is chosen by it.
     """
     tensors = {name: value for name, value in encoder.state_dict().items() if name != "mask_token"}
@@ -136,7 +139,7 @@ def timm_tensors(model: Classifier, config: Config) -> dict[str, Tensor]:
     """
     tensors = {f"encoder.{name}": value for name, value in model.encoder.state_dict().items()}
     tensors |= {f"encoder.norm.{name}": value for name, value in model.norm.state_dict().items()}
-    state = to_layout(tensors, TIMM, Architecture.of(config, decoder=False), config.grid)
+    state = to_layout(tensors, TIMM, Architecture.of(config, decoder=False), config)
     if model.pool == "mean":
         state = {
             name.replace("norm.", "fc_norm.", 1) if name.startswith("norm.") else name: value

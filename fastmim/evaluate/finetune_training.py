@@ -130,11 +130,15 @@ class Training:
         path = self.job.folder / (
             "model.safetensors" if self.name == "finetune" else f"{self.name}.safetensors"
         )
-        names = json.dumps(self.job.train.class_names)
+        told = {
+            "classes": self.job.train.class_names,
+            "mean": self.trained.data.mean,
+            "std": self.trained.data.std,
+            "image_size": self.trained.data.image_size,
+        }
+        metadata = {"format": "pt"} | {f"fastmim.{key}": json.dumps(value) for key, value in told.items()}
         with self._tested(), aside(path) as written:
-            save_file(
-                timm_tensors(self.model, self.trained), written, {"format": "pt", "fastmim.classes": names}
-            )
+            save_file(timm_tensors(self.model, self.trained), written, metadata)
         pool = "avg" if self.config.pool == "mean" else "token"
         return timm_call(path, self.trained, self.classes, pool)
 

@@ -82,7 +82,7 @@ def find_architecture(found: Found, layout: Layout) -> Architecture:
         raise CheckpointError(f"{found.path} lacks {first}; it holds {some(state)} ({layout.name})")
     encoder = Architecture(width, layout.depth(state, "encoder"), state[first].shape[0], size, channels)
     table = state.get(layout.positions["encoder"])
-    if table is not None and table.ndim == 3 and find_grid(table) is None:
+    if table is not None and table.ndim == 3 and find_grid(found, table) is None:
         encoder = replace(encoder, positions=table.shape[1])
     if not layout.has_decoder(state):
         return encoder
@@ -136,21 +136,26 @@ def position_tables(layout: Layout, architecture: Architecture) -> dict[str, int
     return tables
 
 
-def find_grid(*tables: Tensor) -> tuple[int, int] | None:
-    """The patch grid (rows, columns) whose sin-cos tables these are; None where one was learned."""
+def find_grid(found: Found, *tables: Tensor) -> tuple[int, int] | None:
+    """The patch grid (rows, columns) whose sin-cos tables these are; None where one was learned.
+
+    Resized tables are known by the grid that our own metadata tell.
+    """
+    told = config_in(found.metadata, found.path) or {"model": {}}
+    trained = told["model"].get("positions_grid")
     patches = tables[0].shape[1] - 1
     for rows in (side for side in range(1, patches + 1) if patches % side == 0):
         grid = rows, patches // rows
-        if all(_is_sincos(table, grid) for table in tables):
+        if all(_is_sincos(table, grid, tuple(trained) if trained else None) for table in tables):
             return grid
     return None
 
 
-def _is_sincos(table: Tensor, grid: tuple[int, int]) -> bool:
+def _is_sincos(table: Tensor, grid: tuple[int, int], trained: tuple[int, int] | None) -> bool:
     """Whether all rows are, but for the cls token's, which may hold anything."""
     if table.shape[2] % 4:
         return False
-    error = (table.float() - sincos_positions(table.shape[2], grid))[:, 1:].abs().max()
+    error = (table.float() - sincos_positions(table.shape[2], grid, trained))[:, 1:].abs().max()
     return bool(error <= max(1e-5, torch.finfo(table.dtype).eps))
 
 

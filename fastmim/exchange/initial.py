@@ -10,8 +10,9 @@ from fastmim.config import Config
 from fastmim.errors import CheckpointError
 from fastmim.exchange.deduce import Facts
 from fastmim.exchange.inward import Foreign
-from fastmim.exchange.layouts import Architecture, parts_of
+from fastmim.exchange.layouts import POSITIONS, Architecture, parts_of
 from fastmim.exchange.weights import Weights, is_ours, read_weights
+from fastmim.models.position import resize_positions
 from fastmim.ranks import Ranks
 
 logger = logging.getLogger("fastmim")
@@ -41,6 +42,12 @@ def _load(objective: nn.Module, config: Config) -> None:
     tensors = weights.tensors if same else weights.encoder_only().tensors
     encoder_only = all(name.startswith("encoder.") for name in tensors)
     _compare(source, _sizes(weights.config, encoder_only), _sizes(config, encoder_only))
+    _warn_of_other_places(source, weights.config, config)
+    if POSITIONS in tensors:
+        tensors = {
+            **tensors,
+            POSITIONS: resize_positions(tensors[POSITIONS], weights.config.grid, config.grid),
+        }
     wanted = {name: list(tensor.shape) for name, tensor in objective.state_dict().items()}
     given = {name: list(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(given.keys() | wanted.keys()):
@@ -59,6 +66,17 @@ def _load(objective: nn.Module, config: Config) -> None:
         there, here = getattr(weights.config.data, key), getattr(config.data, key)
         if there != here:
             logger.warning("data.%s is %s; %s was trained with %s", key, here, source, there)
+
+
+def _warn_of_other_places(source: str, there: Config, here: Config) -> None:
+    """Fixed positions are the run's, as its recipe says, and so are they when it resumes."""
+    if here.model.positions == "sincos" and there.positions_grid != here.positions_grid:
+        (rows, columns), (our_rows, our_columns) = there.positions_grid, here.positions_grid
+        logger.warning(
+            "positions are computed for %d x %d patches; %s was trained with those of %d x %d, which "
+            "model.positions_grid=[%d,%d] keeps",
+            *(our_rows, our_columns, source, rows, columns, rows, columns),
+        )
 
 
 def _read(source: str, config: Config) -> Weights:

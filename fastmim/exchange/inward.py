@@ -113,7 +113,7 @@ class Foreign:
         found = self.found
         encoder, *decoder = deduce.position_tables(self.layout, self.architecture)
         fixed = decoder if self.architecture.positions else [encoder, *decoder]
-        grid = deduce.find_grid(*(found.state[name] for name in fixed)) if fixed else None
+        grid = deduce.find_grid(found, *(found.state[name] for name in fixed)) if fixed else None
         if fixed and grid is None and not fixed_positions:
             raise CheckpointError(
                 f"{found.path}: {decoder[0]} is not the sin-cos table of {encoder}'s grid, so it was learned, and "

@@ -180,9 +180,9 @@ def parts_of(names: Iterable[str]) -> str:
 
 
 def to_layout(
-    tensors: dict[str, Tensor], layout: Layout, architecture: Architecture, grid: tuple[int, int]
+    tensors: dict[str, Tensor], layout: Layout, architecture: Architecture, config: Config
 ) -> dict[str, Tensor]:
-    """Our tensors under their names and in their shapes, fixed position tables of `grid` included.
+    """Our tensors under their names and in their shapes, the fixed position tables of a run's images included.
 
     The patch embedding, a linear over (row, column, channel) values here, is a convolution [D, C, P, P] there. The
     pixels of a prediction have the order (row, column, channel) in all of them.
@@ -196,10 +196,11 @@ def to_layout(
         names = layout.names(key)
         for name, piece in zip(names, tensor.chunk(len(names)), strict=True):
             state[name] = piece.clone(memory_format=torch.contiguous_format)
+    grids = config.grid, config.positions_grid
     if not architecture.positions:
-        state[layout.positions["encoder"]] = sincos_positions(architecture.width, grid)
+        state[layout.positions["encoder"]] = sincos_positions(architecture.width, *grids)
     if architecture.decoder_width:
-        state[layout.positions["decoder"]] = sincos_positions(architecture.decoder_width, grid)
+        state[layout.positions["decoder"]] = sincos_positions(architecture.decoder_width, *grids)
     return state
 
 

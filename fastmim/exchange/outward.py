@@ -38,8 +38,7 @@ def export_weights(
         layout: timm, transformers, mae or fastmim.
         encoder_only: leave the decoder out; timm has none anyway.
         ema: the averaged weights of a run.
-        image_size: height and width in pixels that the position tables are computed for, or resized where they were
-            learned; the run's unless given.
+        image_size: height and width in pixels that the position tables are resized to; the run's unless given.
         force: replace `out`.
 
     Returns:
@@ -81,7 +80,7 @@ def _require_encoder(source: str, weights: Weights, layout: str) -> None:
 
 def _write(path: Path, layout: str, weights: Weights, architecture: Architecture) -> None:
     config, target = weights.config, path
-    state = to_layout(weights.tensors, LAYOUTS[layout], architecture, config.grid)
+    state = to_layout(weights.tensors, LAYOUTS[layout], architecture, config)
     if layout == TRANSFORMERS.name:
         target = path / "model.safetensors"
         if architecture.decoder_width:
@@ -111,12 +110,13 @@ def _when(weights: Weights) -> str:
 def _describe(path: Path, layout: str, weights: Weights, architecture: Architecture) -> str:
     what = "encoder and decoder" if architecture.decoder_width else "encoder"
     rows, columns = weights.config.grid
+    told = " x ".join(map(str, weights.config.positions_grid))
+    resized = "" if weights.config.positions_grid == weights.config.grid else f", resized from {told}"
     left_out = parts_of(weights.tensors.keys() - architecture.shapes().keys())
     lines = [
         f"{path}: {what} in the layout of {layout}{_when(weights)}",
-        f"positions: the learned table, for {rows} x {columns} patches"
-        if architecture.positions
-        else f"positions: the sin-cos table of {rows} x {columns} patches, computed for this size and not interpolated",
+        f"positions: the {'learned' if architecture.positions else 'sin-cos'} table, for {rows} x {columns} patches"
+        + resized,
     ]
     if left_out:
         lines.append(f"left out: {left_out}")
@@ -160,6 +160,12 @@ def timm_call(path: Path, config: Config, classes: int = 0, pool: str | None = N
         options["in_chans"] = data.channels
     if model.mlp_ratio != 4:
         options["mlp_ratio"] = model.mlp_ratio
+    # What timm's transforms are made of; its own are another model's.
+    options["pretrained_cfg_overlay"] = {
+        "mean": tuple(data.mean),
+        "std": tuple(data.std),
+        "input_size": (data.channels, *data.image_size),
+    }
     options["checkpoint_path"] = str(path)
     arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
     return f"timm.create_model('vit_{size or 'base'}_patch{patch}_224', {arguments})"

@@ -59,10 +59,11 @@ class Weights:
     def at_size(self, image_size: tuple[int, int]) -> "Weights":
         """The same weights for images of another height and width; `ConfigError` where patches do not fit.
 
-        A learned position table is resized.
+        Position tables are resized, fixed ones too: `model.positions_grid` then says of which grid they are.
         """
         values = self.config.model_dump(mode="json")
         values["data"]["image_size"] = list(image_size)
+        values["model"]["positions_grid"] = list(self.config.positions_grid)
         config = recipes.build(values)
         tensors = dict(self.tensors)
         if POSITIONS in tensors:
@@ -120,6 +121,13 @@ def history_in(metadata: dict[str, str]) -> dict[str, str]:
     return {key: metadata[_PREFIX + key] for key in _HISTORY if _PREFIX + key in metadata}
 
 
+def _not_ours(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is no weights file of fastmim; expected a run, a checkpoint directory, or a file that "
+        "fastmim export or import wrote (fastmim import reads other layouts)"
+    )
+
+
 def is_ours(path: Path) -> bool:
     """Whether a path is a run, a checkpoint directory or a weights file of ours."""
     if path.is_dir():
@@ -141,16 +149,15 @@ def read_weights(source: str, ema: bool = False) -> Weights:
     """
     path = Path(source)
     if path.is_file():
-        tensors, metadata = read_safetensors(path)
+        tensors, metadata = read_safetensors(path) if path.suffix == ".safetensors" else ({}, {})
         values = config_in(metadata, path)
         if values is None:
-            raise CheckpointError(
-                f"{path} is no weights file of fastmim; expected a run, a checkpoint directory, or a file that "
-                "fastmim export or import wrote (fastmim import reads other layouts)"
-            )
+            raise _not_ours(path)
         if ema:
             raise CheckpointError(f"--ema: {path} is a single file; expected a run or a checkpoint directory")
         return Weights(tensors, recipes.build(values), history_in(metadata))
+    if (path / "config.json").is_file() and not is_ours(path):
+        raise _not_ours(path)
     folder, manifest = manifests.resolve(path)
     weights = folder / (manifests.EMA_WEIGHTS if ema else manifests.WEIGHTS)
     if not weights.exists():

@@ -30,7 +30,8 @@ class CrossDecoder(nn.Module):
         objective, model = config.objective, config.model
         width = objective.decoder_width
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.register_buffer("pos_embed", sincos_positions(width, config.grid), persistent=False)
+        table = sincos_positions(width, config.grid, config.positions_grid)
+        self.register_buffer("pos_embed", table, persistent=False)
         self.mix = LayerMix(1 + model.depth, objective.decoder_depth)
         self.layers = nn.ModuleList(
             CrossBlock(width, model.width, objective.decoder_heads, attention)

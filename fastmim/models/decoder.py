@@ -27,7 +27,8 @@ class MAEDecoder(nn.Module):
         width = objective.decoder_width
         self.embed = nn.Linear(config.model.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if mask_token else None
-        self.register_buffer("pos_embed", sincos_positions(width, config.grid), persistent=False)
+        table = sincos_positions(width, config.grid, config.positions_grid)
+        self.register_buffer("pos_embed", table, persistent=False)
         self.blocks = Blocks(
             width,
             objective.decoder_depth,

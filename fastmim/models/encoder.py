@@ -35,7 +35,7 @@ class Encoder(nn.Module):
         self.patch_embed = nn.Linear(model.patch_size**2 * config.data.channels, model.width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, model.width))
         self.mask_token = nn.Parameter(torch.empty(1, 1, model.width)) if mask_token else None
-        table = sincos_positions(model.width, config.grid)
+        table = sincos_positions(model.width, config.grid, config.positions_grid)
         if model.positions == "learned":
             self.pos_embed = nn.Parameter(torch.empty_like(table))
         else:

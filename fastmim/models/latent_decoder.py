@@ -21,7 +21,8 @@ class LatentDecoder(nn.Module):
     def __init__(self, config: Config, attention: str = "sdpa"):
         super().__init__()
         model = config.model
-        self.register_buffer("pos_embed", sincos_positions(model.width, config.grid), persistent=False)
+        table = sincos_positions(model.width, config.grid, config.positions_grid)
+        self.register_buffer("pos_embed", table, persistent=False)
         self.blocks = Blocks(
             model.width,
             config.objective.decoder_depth,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
+def sincos_positions(dim: int, grid: tuple[int, int], trained: tuple[int, int] | None = None) -> Tensor:
     """Position table of a patch grid, with a zero row for the cls token.
 
     The first half of the channels encodes the column, the second the row; within a half, sines come first.
@@ -15,19 +15,21 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
     Args:
         dim: channels, a multiple of 4.
         grid: patches per column and per row (height, width).
+        trained: compute the table of this grid instead and resize it to `grid`: the places of a whole image that
+            weights have seen, rather than new ones beyond its edge.
 
     Returns:
         float32 [1, 1 + height * width, dim].
 
     Source: MAE, appendix A.1 (Vaswani et al., 2017, in two dimensions).
     """
-    height, width = grid
+    height, width = trained or grid
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     frequencies = 10000.0 ** -(np.arange(dim // 4) / (dim / 4))
     angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]
     table = np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1)
     table = np.concatenate([np.zeros((1, dim)), table])
-    return torch.from_numpy(table).to(torch.float32)[None]
+    return resize_positions(torch.from_numpy(table).to(torch.float32)[None], (height, width), grid)
 
 
 def resize_positions(table: Tensor, old: tuple[int, int], grid: tuple[int, int]) -> Tensor:

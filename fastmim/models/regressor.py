@@ -39,7 +39,8 @@ class Regressor(nn.Module):
         super().__init__()
         model, depth = config.model, config.objective.regressor_depth
         self.mask_token = nn.Parameter(torch.empty(1, 1, model.width))
-        self.register_buffer("pos_embed", sincos_positions(model.width, config.grid), persistent=False)
+        table = sincos_positions(model.width, config.grid, config.positions_grid)
+        self.register_buffer("pos_embed", table, persistent=False)
         rates = drop_path_rates(model.drop_path, depth)
         self.layers = nn.ModuleList(
             RegressorBlock(model.width, model.heads, model.mlp_ratio, rate, attention) for rate in rates

@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastmim.cli import main
@@ -75,6 +76,11 @@ def test_whole_recipe_learns_classes_and_repeats_itself(command, tmp_path):
         "metrics.jsonl",
         "model.safetensors",
     ]
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["fastmim.classes"]) == ["blue", "green", "red"]
+    assert json.loads(metadata["fastmim.mean"]) == [0.485, 0.456, 0.406]
+    assert json.loads(metadata["fastmim.image_size"]) == [32, 32]
     # RandAugment in another process draws the same.
     assert command(*words, "workers=1", out="again") == 0
     assert [record["loss"] for record in records(tmp_path, "again")] == losses

@@ -8,13 +8,15 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
 from transformers import AutoImageProcessor, ViTMAEForPreTraining, ViTModel
 
 from fastmim import recipes
 from fastmim.errors import CheckpointError, ConfigError
+from fastmim.exchange.inward import import_weights
 from fastmim.exchange.layouts import Architecture
 from fastmim.exchange.outward import export_weights
-from fastmim.exchange.weights import Weights
+from fastmim.exchange.weights import Weights, read_weights
 from fastmim.masking import mask_from_order
 from fastmim.objectives import build_objective
 from tests.exchange.peers import PublicMAE, images_of, pixels_of, random_objective, saved, whole_features
@@ -52,6 +54,9 @@ def test_timm_loads_strictly_and_sees_the_same(exported, tmp_path):
     with torch.no_grad():
         features = model.forward_features(pixels_of(images, config))
     assert (features - whole_features(objective, images)).abs().max() < 1e-5
+    data = timm.data.resolve_model_data_config(model)
+    assert data["mean"] == tuple(config.data.mean) and data["std"] == tuple(config.data.std)
+    assert data["input_size"] == (config.data.channels, *config.data.image_size)
 
 
 @pytest.mark.parametrize("size, patch", [("base", 16), ("huge", 14), ("tiny", 16)])
@@ -59,9 +64,13 @@ def test_timm_call_names_the_standard_sizes(size, patch, tiny_config):
     from fastmim.exchange.outward import timm_call
 
     config = recipes.override([f"model.size={size}", f"model.patch_size={patch}"])
+    told = (
+        "{'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225), 'input_size': (3, 224, 224)}, "
+        "checkpoint_path='x')"
+    )
     assert (
         timm_call("x", config)
-        == f"timm.create_model('vit_{size}_patch{patch}_224', num_classes=0, checkpoint_path='x')"
+        == f"timm.create_model('vit_{size}_patch{patch}_224', num_classes=0, pretrained_cfg_overlay={told}"
     )
 
 
@@ -139,14 +148,18 @@ def test_mae_encoder_alone_has_the_names_of_the_published_file(tiny_config, tmp_
     assert sorted(state) == sorted([*names, "cls_token", "pos_embed"])
 
 
-def test_another_image_size_gets_tables_of_its_own(tiny_config, tmp_path):
+def test_another_image_size_gets_the_resized_tables(tiny_config, tmp_path):
     config = tiny_config()
     objective = random_objective(config)
     ours = str(saved(objective, config, tmp_path / "ours.safetensors"))
+    same = str(tmp_path / "same.safetensors")
+    assert "positions: the sin-cos table, for 4 x 4 patches\n" in export_weights(ours, same, "timm")
     told = export_weights(ours, str(tmp_path / "timm.safetensors"), "timm", image_size=(16, 48))
-    assert "the sin-cos table of 2 x 6 patches, computed for this size and not interpolated" in told
+    assert "positions: the sin-cos table, for 2 x 6 patches, resized from 4 x 4\n" in told
     model = eval(told.partition("to load it: ")[2], {"timm": timm}).eval()
-    larger = tiny_config("data.image_size=[16,48]")
+    wanted = resample_abs_pos_embed(load_file(same)["pos_embed"], [2, 6], old_size=[4, 4])
+    torch.testing.assert_close(model.pos_embed.detach(), wanted)
+    larger = tiny_config("data.image_size=[16,48]", "model.positions_grid=[4,4]")
     peer = build_objective(larger).eval()
     peer.load_state_dict(objective.state_dict())
     images = images_of(larger)
@@ -157,6 +170,26 @@ def test_another_image_size_gets_tables_of_its_own(tiny_config, tmp_path):
         ConfigError, match=r"data.image_size=\[20, 16\]; expected multiples of model.patch_size=8"
     ):
         export_weights(ours, str(tmp_path / "x.safetensors"), "timm", image_size=(20, 16))
+
+
+@pytest.mark.parametrize("layout", ["fastmim", "mae"])
+def test_resized_tables_are_known_again(layout, tiny_config, tmp_path):
+    config = tiny_config("objective.norm_pix_loss=true")
+    objective = random_objective(config)
+    ours = str(saved(objective, config, tmp_path / "ours.safetensors"))
+    out = str(tmp_path / "larger.safetensors")
+    export_weights(ours, out, layout, image_size=(48, 64))
+    if layout == "mae":
+        import_weights(out, str(tmp_path / "again.safetensors"))
+        out = str(tmp_path / "again.safetensors")
+    weights = read_weights(out)
+    assert weights.config.grid == (6, 8) and weights.config.model.positions_grid == (4, 4)
+    assert weights.tensors.keys() == objective.state_dict().keys()
+    # Once more resized, it is still the table of training that is resized; at its own size it is that table.
+    assert weights.at_size((64, 64)).config.positions_grid == (4, 4)
+    back = build_objective(weights.at_size((32, 32)).config)
+    assert torch.equal(back.encoder.pos_embed, objective.encoder.pos_embed)
+    assert torch.equal(back.decoder.pos_embed, objective.decoder.pos_embed)
 
 
 def test_metadata_tell_where_the_weights_are_from(tiny_config, tmp_path):

@@ -36,6 +36,20 @@ ROUND_TRIPS = {
 }
 
 
+def test_files_of_other_libraries_are_told_to_be_imported(tiny_config, tmp_path):
+    torch.save(published(tiny_config()).state_dict(), tmp_path / "mae.pth")
+    timm_file = str(tmp_path / "timm.safetensors")
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1).state_dict(), timm_file)
+    ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
+        tmp_path / "hub"
+    )
+    for source in ("mae.pth", "timm.safetensors", "hub"):
+        with pytest.raises(
+            CheckpointError, match=rf"{source} is no weights file of fastmim.*fastmim import reads"
+        ):
+            read_weights(str(tmp_path / source))
+
+
 @pytest.mark.parametrize("asked", ["auto", "by name"])
 @pytest.mark.parametrize("trip", ROUND_TRIPS)
 def test_there_and_back_is_bitwise_the_same(trip, asked, tiny_config, tmp_path):

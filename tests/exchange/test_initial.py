@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from timm.layers import resample_abs_pos_embed
 
 from fastmim.errors import CheckpointError
 from fastmim.exchange.initial import initialise
@@ -53,6 +54,28 @@ def test_other_statistics_are_told(tiny_config, tmp_path, caplog):
     ours = saved(random_objective(config), config, tmp_path / "ours.safetensors")
     started(tiny_config("data.mean=[0.1,0.2,0.3]"), ours)
     assert f"data.mean is [0.1, 0.2, 0.3]; {ours} was trained with [0.485, 0.456, 0.406]" in caplog.text
+
+
+def test_positions_of_other_images_are_kept_where_the_recipe_says_so(tiny_config, tmp_path, caplog):
+    config = tiny_config()
+    ours = saved(random_objective(config), config, tmp_path / "ours.safetensors")
+    started(tiny_config("data.image_size=64"), ours)
+    told = f"8 x 8 patches; {ours} was trained with those of 4 x 4, which model.positions_grid=[4,4] keeps"
+    assert told in caplog.text
+    caplog.clear()
+    started(tiny_config("data.image_size=64", "model.positions_grid=[4,4]"), ours)
+    started(tiny_config(), ours)
+    assert not caplog.text
+
+
+def test_learned_positions_are_resized(tiny_config, tmp_path, caplog):
+    config = tiny_config("model.positions=learned")
+    objective = random_objective(config)
+    ours = saved(objective, config, tmp_path / "ours.safetensors")
+    _, after = started(tiny_config("model.positions=learned", "data.image_size=[16,48]"), ours)
+    wanted = resample_abs_pos_embed(objective.encoder.pos_embed.detach(), [2, 6], old_size=[4, 4])
+    torch.testing.assert_close(after["encoder.pos_embed"], wanted)
+    assert not caplog.text
 
 
 MISMATCHES = {

@@ -25,7 +25,7 @@ def test_a_learned_table_has_the_gradient_of_the_published_model():
     objective = random_objective(config)
     peer = PublicMAE(config)
     peer.load_state_dict(
-        to_layout(dict(objective.state_dict()), MAE, Architecture.of(config, decoder=True), config.grid)
+        to_layout(dict(objective.state_dict()), MAE, Architecture.of(config, decoder=True), config)
     )
     images = images_of(config, 3)
     order = torch.stack([torch.randperm(16) for _ in images])
@@ -47,6 +47,17 @@ def test_tables_are_resized_as_timm_resizes(grid):
     table = torch.randn(1, 1 + 24, 8)
     expected = resample_abs_pos_embed(table, list(grid), old_size=[4, 6])
     torch.testing.assert_close(resize_positions(table, (4, 6), grid), expected)
+
+
+@pytest.mark.parametrize("grid", [(6, 6), (3, 5)])
+def test_fixed_tables_of_another_grid_are_resized(grid):
+    size = [8 * side for side in grid]
+    config = recipes.override([*TINY, f"data.image_size={size}", "model.positions_grid=[4,4]"])
+    objective = random_objective(config)
+    for table, width in ((objective.encoder.pos_embed, 32), (objective.decoder.pos_embed, 16)):
+        expected = resample_abs_pos_embed(sincos_positions(width, (4, 4)), list(grid), old_size=[4, 4])
+        torch.testing.assert_close(table, expected)
+        assert not table[:, 0].any()
 
 
 def test_fixed_tables_are_not_parameters():
