@@ -17,6 +17,8 @@ from fastmim.data.exif import read_orientation
 
 UNREADABLE = "cannot be read"
 """How a reason begins that is not the file's: it may be readable at the next start."""
+NO_IMAGE = "not a "
+"""How that of a file of no known format begins."""
 
 _TAIL_BYTES = 65536
 
@@ -77,7 +79,7 @@ def read_header(file: BinaryIO, size: int) -> Header:
     start = file.read(16)
     reader = next((reader for magic, reader in _READERS if start.startswith(magic)), None)
     if reader is None or (reader is WebPImageFile and start[8:12] != b"WEBP"):
-        return Header(reason=f"not a {FORMATS} image")
+        return Header(reason=f"{NO_IMAGE}{FORMATS} image")
     file.seek(0)
     try:
         image = reader(file)

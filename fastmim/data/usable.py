@@ -6,15 +6,18 @@ from collections import Counter
 import numpy as np
 
 from fastmim.config import DataConfig
-from fastmim.data.sources import Refused
+from fastmim.data.scan import NO_IMAGE
+from fastmim.data.sources import IMAGE_SUFFIXES, Refused
 from fastmim.data.table import Table
+
+EMPTY = "empty file"
 
 
 def usable_rows(table: Table, config: DataConfig, prefix: str) -> tuple[np.ndarray, Refused]:
     """Rows that this configuration can train on, and the others with their reasons."""
     reasons = dict(table.reasons)
     for row in np.flatnonzero(table.sizes == 0).tolist():
-        reasons[row] = "empty file"
+        reasons[row] = EMPTY
     for row in np.flatnonzero(table.sizes > config.max_file_bytes).tolist():
         reasons[row] = (
             f"{table.sizes[row]} bytes; expected at most data.max_file_bytes={config.max_file_bytes}"
@@ -36,6 +39,12 @@ def usable_rows(table: Table, config: DataConfig, prefix: str) -> tuple[np.ndarr
         (prefix + table.names[row].decode("utf-8", "replace"), reasons[row]) for row in sorted(reasons)
     ]
     return np.flatnonzero(usable), rejected
+
+
+def is_no_image(name: str, reason: str) -> bool:
+    """Whether what was left out for `reason` is of another kind by its name, and by what it holds."""
+    own = os.path.splitext(name)[1][1:].lower() in IMAGE_SUFFIXES
+    return not own and reason.startswith((NO_IMAGE, EMPTY))
 
 
 def nothing_usable(source: str, suffixes: Counter, rejected: Refused) -> str:

@@ -71,10 +71,12 @@ def read_labelled(source: str, config: DataConfig, labels: str | None, option: s
         option: what the source was given as, for messages.
 
     Raises:
-        DataError: no source, an image without a class, a class without an image, or fewer than two classes.
+        DataError: no source, an image that cannot be used or has no class, a class without an image, or fewer than
+            two classes.
     """
     index = build_index(source, config, progress=False, option=option)
     what = f"{option} {source}"
+    index.require_all(what)
     if labels is None:
         classes, names = _own_classes(index, what)
     elif labels.endswith(".npy"):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastmim.data import index as indexing
 from fastmim.data import scan
 from fastmim.errors import DataError
 
@@ -68,6 +69,40 @@ def test_only_a_changed_file_is_read_again(make_folder, photo, index_of, reads, 
     assert len(reads) == 13
     index_of(folder, refresh=True)
     assert len(reads) == 23
+
+
+def test_a_scan_that_was_interrupted_goes_on(make_folder, index_of, reads, monkeypatch):
+    folder = make_folder(9)
+    monkeypatch.setattr(indexing, "_CHUNK", 1)
+    monkeypatch.setattr(indexing, "_THREADS", 1)
+    counted = scan.read_header
+
+    def interrupt(file, size):
+        if len(reads) == 4:
+            raise KeyboardInterrupt
+        return counted(file, size)
+
+    monkeypatch.setattr(scan, "read_header", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        index_of(folder)
+    monkeypatch.setattr(scan, "read_header", counted)
+    assert len(index_of(folder)) == 9 and len(reads) == 9
+
+
+def test_a_long_scan_is_kept_while_it_goes_on(make_folder, index_of, cache, monkeypatch):
+    folder = make_folder(4)
+    monkeypatch.setattr(indexing, "_CHUNK", 1)
+    monkeypatch.setattr(indexing, "_THREADS", 1)
+    monkeypatch.setattr(indexing, "_KEEP_EVERY_S", 0)
+    store, heights = indexing.store_table, []
+
+    def observe(path, table, notes):
+        heights.append(table.heights.copy())
+        store(path, table, notes)
+
+    monkeypatch.setattr(indexing, "store_table", observe)
+    index_of(folder)
+    assert [np.count_nonzero(known) for known in heights] == [1, 2, 3, 4, 4]
 
 
 def test_a_file_that_could_not_be_read_is_tried_again(make_folder, index_of, monkeypatch):

@@ -50,6 +50,18 @@ def test_classes_that_are_numbers_stand_in_their_order(flat, tmp_path):
     assert labelled(flat, write_table(tmp_path / "t.csv", rows)).class_names == ("2", "9", "10")
 
 
+def test_an_image_that_cannot_be_used_is_refused(train_folder, tmp_path):
+    shutil.copytree(train_folder, tmp_path / "some")
+    (tmp_path / "some" / "words.txt").write_bytes(b"no image, nor called one")
+    (tmp_path / "some" / "red" / ".keep").touch()
+    assert len(labelled(tmp_path / "some")) == 36
+    (tmp_path / "some" / "red" / "zz.jpg").write_bytes(b"no image")
+    with pytest.raises(
+        DataError, match=r"--test .*some: 1 beside 36 images cannot be used, such as red/zz.jpg: "
+    ):
+        labelled(tmp_path / "some", option="--test")
+
+
 def test_shards_and_arrays(train_folder, tmp_path):
     paths = sorted(train_folder.rglob("*.png"))
     with tarfile.open(tmp_path / "a.tar", "w") as tar:

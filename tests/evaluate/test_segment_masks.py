@@ -112,6 +112,12 @@ def test_what_does_not_belong_together_is_refused(folders):
     with pytest.raises(DataError, match=r"masks '.*nowhere' of --data is no folder"):
         read(folders, masks="nowhere")
     (folders / "masks" / "d.png").write_bytes(good)
+    (folders / "images" / "e.png").write_bytes(b"no image")
+    with pytest.raises(
+        DataError, match=r"--data .*images: 1 beside 3 images cannot be used, such as e.png: "
+    ):
+        read(folders)
+    (folders / "images" / "e.png").unlink()
     Image.new("RGB", (18, 18)).save(folders / "images" / "d.jpg")
     with pytest.raises(DataError, match=r"d.jpg and .*d.png both have the mask"):
         read(folders)

@@ -132,11 +132,13 @@ def read_masked(
         names: of the classes; None numbers them up to the highest that is there.
 
     Raises:
-        DataError: an image without a mask, a mask of another size or kind, or a value that is no class.
+        DataError: an image that cannot be used or has no mask, a mask of another size or kind, or a value that is no
+            class.
     """
     index = build_index(source, config, progress=False, option=option)
     if index.kind != "folder":
         raise DataError(f"{option} {source} is a {index.kind} source; expected a folder of images, for masks")
+    index.require_all(f"{option} {source}")
     folder = Path(masks)
     if not folder.is_dir():
         raise DataError(f"masks {masks!r} of {option} is no folder; expected one of PNG masks")
