@@ -13,7 +13,7 @@ from fastmim.errors import ConfigError
 from fastmim.kernels import gather_patches
 from fastmim.models import Encoder
 from fastmim.models.blocks import Block, add_mlp, drop_path_rates
-from fastmim.models.position import resize_positions
+from fastmim.models.position import resize_positions, sincos_positions
 from fastmim.models.recompute import recompute
 
 SCALES = 4
@@ -73,6 +73,12 @@ class DenseEncoder(nn.Module):
                 f"global_blocks={list(global_blocks)} without a window; expected both or neither"
             )
         self.encoder, self._grid, self._channels = encoder, config.grid, config.data.channels
+        table = None
+        if config.model.positions == "sincos" and config.positions_grid != config.grid:
+            # The encoder's own is resized already.
+            self._grid = config.positions_grid
+            table = sincos_positions(config.model.width, self._grid).to(encoder.pos_embed.device)
+        self.register_buffer("_positions", table, persistent=False)
         self.width, self.patch_size = config.model.width, encoder.patch_size
         self.normalised, self.trainable, self.window = normalised, trainable, window
         self.blocks = _checked("blocks", blocks, depth)
@@ -133,7 +139,8 @@ class DenseEncoder(nn.Module):
         everything = torch.arange(grid[0] * grid[1], device=images.device).expand(batch, -1)
         dtype, scale = encoder.patch_embed.weight.dtype, encoder.scale
         patches = gather_patches(images, everything, self.patch_size, scale.mean, scale.std, dtype)
-        positions = resize_positions(encoder.pos_embed, self._grid, grid).to(dtype)
+        table = encoder.pos_embed if self._positions is None else self._positions
+        positions = resize_positions(table, self._grid, grid).to(dtype)
         x = encoder.patch_embed(patches) + positions[:, 1:]
         if self.window is not None:
             return x

@@ -135,6 +135,7 @@ class Training:
             "mean": self.trained.data.mean,
             "std": self.trained.data.std,
             "image_size": self.trained.data.image_size,
+            "positions_grid": self.trained.positions_grid,
         }
         metadata = {"format": "pt"} | {f"fastmim.{key}": json.dumps(value) for key, value in told.items()}
         with self._tested(), aside(path) as written:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from fastmim import recipes
+from fastmim.config import Config, DataConfig
 from fastmim.errors import ConfigError, DataError
 from fastmim.evaluate.config import EvaluationConfig
 from fastmim.evaluate.encoder import encoder_of, fingerprint_of
@@ -67,13 +68,14 @@ def evaluate(
     task: Task = load(entry.task)()
     with _joined() as ranks:
         encoder = encoder_of(read, weights)
-        found = ranks.run_on_first(lambda: task.read(data, test, read.config.data, config), each_node=True)
+        images = _with_common_limits(read.config.data)
+        found = ranks.run_on_first(lambda: task.read(data, test, images, config), each_node=True)
         # The others read the cached index of their node's first rank.
-        train, tested = found or task.read(data, test, read.config.data, config)
+        train, tested = found or task.read(data, test, images, config)
         identity: dict[str, Any] = {
             "protocol": protocol,
             "settings": _settings(config, test),
-            "weights": {"sha256": fingerprint_of(encoder), **read.history},
+            "weights": {"sha256": fingerprint_of(encoder), **read.history, **_places(read.config)},
             "train": train.described(),
             "test": tested.described(),
         }
@@ -106,6 +108,20 @@ def evaluate(
             told = ranks.share(ranks.run_on_first(write))
             assert told is not None, "the first rank wrote"
     return f"{folder / RESULT}: {task.headline(told)}"
+
+
+def _with_common_limits(images: DataConfig) -> DataConfig:
+    """Limits that a run set for its own images do not keep others out."""
+    fields = DataConfig.model_fields
+    limits = {key: max(getattr(images, key), fields[key].default) for key in ("max_pixels", "max_file_bytes")}
+    return images.model_copy(update=limits)
+
+
+def _places(trained: Config) -> dict[str, Any]:
+    """What tells encoders of the same tensors and of resized fixed positions apart."""
+    if trained.model.positions_grid is None:
+        return {}
+    return {"positions_grid": list(trained.positions_grid), "image_size": list(trained.data.image_size)}
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What configuration the weights of another library are of: from shapes, settings files and metadata."""
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -23,7 +24,7 @@ from fastmim.exchange.layouts import (
     Layout,
     from_layout,
 )
-from fastmim.exchange.weights import config_in
+from fastmim.exchange.weights import POSITIONS_GRID, config_in
 from fastmim.models.position import sincos_positions
 
 Facts = dict[str, dict[str, Any]]
@@ -141,14 +142,18 @@ def find_grid(found: Found, *tables: Tensor) -> tuple[int, int] | None:
 
     Resized tables are known by the grid that our own metadata tell.
     """
-    told = config_in(found.metadata, found.path) or {"model": {}}
-    trained = told["model"].get("positions_grid")
+    trained = _trained_grid(found)
     patches = tables[0].shape[1] - 1
     for rows in (side for side in range(1, patches + 1) if patches % side == 0):
         grid = rows, patches // rows
-        if all(_is_sincos(table, grid, tuple(trained) if trained else None) for table in tables):
+        if all(_is_sincos(table, grid, trained) for table in tables):
             return grid
     return None
+
+
+def _trained_grid(found: Found) -> tuple[int, int] | None:
+    told = found.metadata.get(POSITIONS_GRID)
+    return tuple(json.loads(told)) if told else None
 
 
 def _is_sincos(table: Tensor, grid: tuple[int, int], trained: tuple[int, int] | None) -> bool:
@@ -184,6 +189,8 @@ def shape_facts(architecture: Architecture) -> Facts:
 def settings_facts(found: Found) -> Facts:
     """What metadata and settings files say, the surest last."""
     facts: Facts = config_in(found.metadata, found.path) or {}
+    if trained := _trained_grid(found):
+        facts = merge(facts, {"model": {"positions_grid": list(trained)}})
     readers: dict[str, Callable[[dict[str, Any], Path], Facts]] = {
         "args": _from_mae_arguments,
         "config.json": _from_config,

@@ -42,7 +42,8 @@ def _load(objective: nn.Module, config: Config) -> None:
     tensors = weights.tensors if same else weights.encoder_only().tensors
     encoder_only = all(name.startswith("encoder.") for name in tensors)
     _compare(source, _sizes(weights.config, encoder_only), _sizes(config, encoder_only))
-    _warn_of_other_places(source, weights.config, config)
+    if config.model.positions == "sincos" or not encoder_only:
+        _warn_of_other_places(source, weights.config, config)
     if POSITIONS in tensors:
         tensors = {
             **tensors,
@@ -70,10 +71,10 @@ def _load(objective: nn.Module, config: Config) -> None:
 
 def _warn_of_other_places(source: str, there: Config, here: Config) -> None:
     """Fixed positions are the run's, as its recipe says, and so are they when it resumes."""
-    if here.model.positions == "sincos" and there.positions_grid != here.positions_grid:
+    if there.positions_grid != here.positions_grid:
         (rows, columns), (our_rows, our_columns) = there.positions_grid, here.positions_grid
         logger.warning(
-            "positions are computed for %d x %d patches; %s was trained with those of %d x %d, which "
+            "fixed positions are computed for %d x %d patches; %s was trained with those of %d x %d, which "
             "model.positions_grid=[%d,%d] keeps",
             *(our_rows, our_columns, source, rows, columns, rows, columns),
         )

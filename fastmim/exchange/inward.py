@@ -16,7 +16,10 @@ from fastmim.exchange.weights import Weights, history_in, is_ours
 
 # The tensors have these; another value would be another network.
 _FIXED = (
-    *(f"model.{key}" for key in ("width", "depth", "heads", "mlp_ratio", "patch_size", "positions")),
+    *(
+        f"model.{key}"
+        for key in ("width", "depth", "heads", "mlp_ratio", "patch_size", "positions", "positions_grid")
+    ),
     *(f"objective.decoder_{key}" for key in ("width", "depth", "heads")),
     "data.channels",
 )
@@ -122,6 +125,8 @@ class Foreign:
         left_out = fixed_positions and (self.architecture.positions > 0 or grid is None)
         taken = self.without_positions() if fixed_positions else self
         known = deduce.merge(deduce.settings_facts(found), deduce.shape_facts(taken.architecture))
+        if grid is not None:
+            known = deduce.merge({"model": {"positions_grid": list(grid)}}, known)
         _refuse_contradictions(given, known, found)
         known = deduce.merge(assumed or {}, deduce.standard_heads(known), known)
         if grid is not None:

@@ -111,7 +111,8 @@ def _describe(path: Path, layout: str, weights: Weights, architecture: Architect
     what = "encoder and decoder" if architecture.decoder_width else "encoder"
     rows, columns = weights.config.grid
     told = " x ".join(map(str, weights.config.positions_grid))
-    resized = "" if weights.config.positions_grid == weights.config.grid else f", resized from {told}"
+    fixed = not architecture.positions and weights.config.positions_grid != weights.config.grid
+    resized = f", resized from {told}" if fixed else ""
     left_out = parts_of(weights.tensors.keys() - architecture.shapes().keys())
     lines = [
         f"{path}: {what} in the layout of {layout}{_when(weights)}",

@@ -21,6 +21,8 @@ from fastmim.exchange.layouts import PATCH_EMBED, POSITIONS, Architecture
 from fastmim.models.position import resize_positions
 
 _PREFIX = "fastmim."
+POSITIONS_GRID = "fastmim.positions_grid"
+"""Among metadata: of which grid the fixed position tables are, resized or not; JSON."""
 _HISTORY = ("step", "epoch", "commit", "averaged", "imported_from")
 
 
@@ -83,6 +85,7 @@ class Weights:
             "config": recipes.dump(_without_paths(config)),
             "mean": json.dumps(config.data.mean),
             "std": json.dumps(config.data.std),
+            "positions_grid": json.dumps(config.positions_grid),
         }
         objective = config.objective.model_dump()
         if "norm_pix_loss" in objective:

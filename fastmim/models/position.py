@@ -29,7 +29,7 @@ def sincos_positions(dim: int, grid: tuple[int, int], trained: tuple[int, int] |
     angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]
     table = np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1)
     table = np.concatenate([np.zeros((1, dim)), table])
-    return resize_positions(torch.from_numpy(table).to(torch.float32)[None], (height, width), grid)
+    return resize_positions(torch.from_numpy(table)[None], (height, width), grid).to(torch.float32)
 
 
 def resize_positions(table: Tensor, old: tuple[int, int], grid: tuple[int, int]) -> Tensor:

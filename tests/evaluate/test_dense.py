@@ -53,6 +53,19 @@ def test_positions_of_another_grid_cover_the_same_extent(encoder, config):
     assert torch.allclose(told.mean((2, 3)), table.mean((2, 3)), atol=0.1)
 
 
+def test_weights_for_other_images_are_the_same_backbone(encoder, config, tiny_config):
+    """Their table is resized already; that of training is what counts."""
+    wide = tiny_config("model.depth=3", "data.image_size=[48,80]", "model.positions_grid=[4,4]")
+    other = Encoder(wide, encoder.scale).eval()
+    other.load_state_dict(encoder.state_dict())
+    for size in ((32, 32), (48, 80), (64, 24)):
+        images = pictures(1, *size, 3)
+        with torch.no_grad():
+            ours, theirs = DenseEncoder(encoder, config)(images), DenseEncoder(other, wide)(images)
+        for one, another in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, another)
+
+
 def test_images_of_other_sizes_are_seen_where_they_are(encoder, config):
     images = pictures(1, 24, 40, 3)
     changed = images.clone()
