@@ -13,6 +13,7 @@ IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "pgm", "pp
 _MAX_CLASSES = 10**6
 
 Refused = list[tuple[str, str]]  # location, reason
+LEADS_BACK = "a link that leads back up"
 
 
 @dataclass
@@ -84,7 +85,7 @@ def _refuse_link(entry: os.DirEntry, real_root: str, chain: tuple[str, ...]) -> 
         return "a link to nothing"
     if real != real_root and not real.startswith(real_root.rstrip("/") + "/"):
         return "a link that leaves the folder"
-    return "a link that leads back up" if real in chain else ""
+    return LEADS_BACK if real in chain else ""
 
 
 def list_members(shard: str) -> Found:
@@ -95,6 +96,7 @@ def list_members(shard: str) -> Found:
     """
     found = Found()
     classes: dict[str, int] = {}
+    extras: list[tuple[str, str, str]] = []  # key, component, name
     end = Path(shard).stat().st_size
     with tarfile.open(shard, "r:") as tar:
         while True:
@@ -123,14 +125,18 @@ def list_members(shard: str) -> Found:
                 found.sizes.append(member.size)
                 found.offsets.append(member.offset_data)
             elif component.rpartition(".")[2] in IMAGE_SUFFIXES:
-                found.refused.append(
-                    (f"{shard}:{name}", f"component {component!r} of its key; expected one such as 'jpg'")
-                )
+                extras.append((key, component, name))
             else:
                 found.others[f".{component}"] += 1
-    found.classes = [
-        classes.get(split_key(name.decode("utf-8", "surrogateescape"))[0], -1) for name in found.names
-    ]
+    keys = [split_key(name.decode("utf-8", "surrogateescape"))[0] for name in found.names]
+    found.classes = [classes.get(key, -1) for key in keys]
+    have_image = set(keys) if extras else set()
+    for key, component, name in extras:
+        if key in have_image:  # such as a mask beside it
+            found.others[f".{component}"] += 1
+        else:
+            reason = f"component {component!r} of its key; expected one such as 'jpg'"
+            found.refused.append((f"{shard}:{name}", reason))
     return found
 
 

@@ -7,10 +7,25 @@ import numpy as np
 
 from fastmim.config import DataConfig
 from fastmim.data.scan import NO_IMAGE
-from fastmim.data.sources import IMAGE_SUFFIXES, Refused
+from fastmim.data.sources import IMAGE_SUFFIXES, LEADS_BACK, Refused
 from fastmim.data.table import Table
 
 EMPTY = "empty file"
+_OTHER_IMAGE_SUFFIXES = {
+    "jpe",
+    "jfif",
+    "jpx",
+    "jxl",
+    "gif",
+    "heic",
+    "heif",
+    "avif",
+    "pnm",
+    "tga",
+    "psd",
+    "svg",
+}
+"""Of formats that are not read, or by which files of those that are may be called."""
 
 
 def usable_rows(table: Table, config: DataConfig, prefix: str) -> tuple[np.ndarray, Refused]:
@@ -42,9 +57,11 @@ def usable_rows(table: Table, config: DataConfig, prefix: str) -> tuple[np.ndarr
 
 
 def is_no_image(name: str, reason: str) -> bool:
-    """Whether what was left out for `reason` is of another kind by its name, and by what it holds."""
-    own = os.path.splitext(name)[1][1:].lower() in IMAGE_SUFFIXES
-    return not own and reason.startswith((NO_IMAGE, EMPTY))
+    """Whether what was left out for `reason` is no image that somebody could miss."""
+    suffix = os.path.splitext(name)[1][1:].lower()
+    if name.endswith("/") or suffix in IMAGE_SUFFIXES | _OTHER_IMAGE_SUFFIXES:
+        return reason == LEADS_BACK  # what it leads to is there already
+    return bool(suffix) or reason == LEADS_BACK or reason.startswith((NO_IMAGE, EMPTY))
 
 
 def nothing_usable(source: str, suffixes: Counter, rejected: Refused) -> str:

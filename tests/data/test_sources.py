@@ -40,6 +40,7 @@ def test_tar_members(tmp_path, photo, index_of, names, add, encoded):
         add(tar, "folder/2.png", png)
         add(tar, "1.jpg", encoded(photo(50, 40), "jpg"))
         add(tar, "1.json", b"{}")
+        add(tar, "1.mask.png", png)
         add(tar, "3.PNG", png)
         add(tar, "3.cls", b"cat")
         add(tar, "4.png")

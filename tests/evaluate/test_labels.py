@@ -54,10 +54,12 @@ def test_an_image_that_cannot_be_used_is_refused(train_folder, tmp_path):
     shutil.copytree(train_folder, tmp_path / "some")
     (tmp_path / "some" / "words.txt").write_bytes(b"no image, nor called one")
     (tmp_path / "some" / "red" / ".keep").touch()
+    (tmp_path / "some" / "red" / "notes.txt").symlink_to("/nowhere/notes.txt")
+    (tmp_path / "some" / "red" / "again").symlink_to(tmp_path / "some")
     assert len(labelled(tmp_path / "some")) == 36
-    (tmp_path / "some" / "red" / "zz.jpg").write_bytes(b"no image")
+    (tmp_path / "some" / "red" / "zz.jfif").write_bytes(b"no image")
     with pytest.raises(
-        DataError, match=r"--test .*some: 1 beside 36 images cannot be used, such as red/zz.jpg: "
+        DataError, match=r"--test .*some: 1 beside 36 images cannot be used, such as red/zz.jfif: "
     ):
         labelled(tmp_path / "some", option="--test")
 
