@@ -1,8 +1,13 @@
 """The `fastmim` command. Each sub-command imports what it needs when it runs, so that help is quick."""
 
 import argparse
+import json
 import os
 import sys
+import textwrap
+from typing import Any
+
+from pydantic.fields import FieldInfo
 
 from fastmim import recipes
 from fastmim.errors import ConfigError, FastmimError
@@ -38,6 +43,29 @@ def main(arguments: list[str] | None = None) -> int:
 def _is_first() -> bool:
     """Whether this process is the one that tells what all ranks know."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _settings_of_protocols() -> str:
+    lines = ["settings and their defaults; what null becomes is told by eval.json:"]
+    for name, protocol in PROTOCOLS.items():
+        keys = [f"{key}={_default(field)}" for key, field in protocol.config.model_fields.items()]
+        lines += [
+            "",
+            textwrap.fill(f"{name}: {' '.join(keys)}", 100, subsequent_indent="  ", break_on_hyphens=False),
+        ]
+    return "\n".join(lines)
+
+
+def _default(field: FieldInfo) -> str:
+    return "..." if field.is_required() else _word(field.get_default(call_default_factory=True))
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_word, value))}]"
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,7 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     cka.add_argument("--batch", type=int, default=64, help="images that are compared at once (default 64)")
     cka.set_defaults(run=_cka)
 
-    evaluate = commands.add_parser("evaluate", help="measure an encoder on labelled images")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure an encoder on labelled images",
+        epilog=_settings_of_protocols(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     evaluate.add_argument("protocol", metavar="PROTOCOL", choices=list(PROTOCOLS), help=", ".join(PROTOCOLS))
     evaluate.add_argument("--weights", required=True, metavar="RUN", help="a run, checkpoint or weights file")
     evaluate.add_argument("--data", required=True, metavar="SOURCE", help="training images, like data.source")

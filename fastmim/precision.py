@@ -1,12 +1,16 @@
 """The number format of a run."""
 
+import logging
+
 import torch
 
 from fastmim.errors import ConfigError
 
+logger = logging.getLogger("fastmim")
+
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """Resolve `train.precision`: auto is bf16 where the hardware computes it, else fp32.
+    """Resolve `train.precision`: auto is bf16 where the hardware computes it, else fp32. Emulated bf16 is warned of.
 
     Raises:
         ConfigError: a format that the device does not compute.
@@ -21,5 +25,10 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     if wanted == "fp16" and not has_fp16:
         raise ConfigError(
             f"train.precision='fp16': this {device.type} does not compute it; expected bf16 or fp32"
+        )
+    if wanted == "bf16" and not has_bf16:
+        logger.warning(
+            "precision=bf16: this %s emulates it, more slowly than float32; auto takes what the hardware computes",
+            device.type,
         )
     return wanted

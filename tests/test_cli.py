@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from fastmim.cli import main
+from fastmim.evaluate.protocols import PROTOCOLS
 from tests.launching import ROOT, TINY_YAML, environment, train, write_images
 
 
@@ -107,6 +108,22 @@ def test_reconstruct_draws_any_images_and_tells_of_norm_pix(run, tmp_path, capsy
 def test_help_names_every_command():
     told = fastmim("--help").stdout
     assert all(name in told for name in ("config", "index", "reconstruct", "data"))
+
+
+def test_help_names_every_setting_of_a_protocol():
+    told = " ".join(fastmim("evaluate", "--help").stdout.split())
+    for name, protocol in PROTOCOLS.items():
+        words = told.partition(f" {name}: ")[2].split(" ")
+        for key, word in zip(protocol.config.model_fields, words, strict=False):
+            assert word.startswith(f"{key}="), (name, word)
+    for word in (
+        "temperature=0.07",
+        "masks=...",
+        "scale=[0.08,1]",
+        "stride=0.6666666666666666",
+        "min_lr=1e-06",
+    ):
+        assert word in told.split(" ")
 
 
 def test_the_wheel_installs_fastmim_alone(tmp_path):

@@ -80,7 +80,7 @@ class ViewsConfig(ProtocolConfig):
 
     batch_size: int = Field(gt=1)
     """Images per step."""
-    epochs: Positive = 90
+    epochs: Positive | None = 90
     warmup_epochs: float = Field(10, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
@@ -112,7 +112,7 @@ class ViewsConfig(ProtocolConfig):
 
     @model_validator(mode="after")
     def _ranges_fit(self):
-        if self.warmup_epochs >= self.epochs:
+        if self.epochs is not None and self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs:g}; expected less than epochs={self.epochs}")
         low, high = self.scale
         if not 0 < low <= high <= 1:
@@ -125,6 +125,8 @@ class LinearConfig(ViewsConfig):
 
     solver: Literal["lars", "exact"] = "lars"
     """lars trains on augmented images; exact solves for centre crops."""
+    epochs: Positive | None = None
+    """The paper's unless given: 50 from 24 blocks on (ViT-L and H), else 90."""
     blr: Numbers = [0.1]
     """Base learning rates per 256 images, each with a head of its own; of several, `validation` chooses."""
     batch_size: int = Field(16384, gt=1)
@@ -143,6 +145,19 @@ class LinearConfig(ViewsConfig):
     def swept(self) -> str:
         """That of the solver."""
         return "blr" if self.solver == "lars" else "l2"
+
+    def resolved(self, trained: Config) -> Self:
+        """Also with the paper's epochs for the encoder's depth."""
+        told = super().resolved(trained)
+        if self.epochs is not None or self.solver != "lars":
+            return told
+        epochs = 50 if trained.model.depth >= 24 else 90
+        if self.warmup_epochs >= epochs:
+            raise ConfigError(
+                f"warmup_epochs={self.warmup_epochs:g}; expected less than the {epochs} epochs of an encoder of "
+                f"{trained.model.depth} blocks, or epochs=..."
+            )
+        return told.model_copy(update={"epochs": epochs})
 
     @model_validator(mode="after")
     def _belongs_to_solver(self):
@@ -167,6 +182,7 @@ class AttentiveConfig(ViewsConfig):
 
     pool: Literal["patches"] = "patches"
     """What the query looks over; the cls token is left out."""
+    epochs: Positive = 90
     heads: Positive | None = None
     """Of the cross-attention; the encoder's unless given."""
     lr: Numbers = [0.4]

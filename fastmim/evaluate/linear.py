@@ -78,6 +78,7 @@ def train_heads(
     Returns:
         The heads, for evaluation, and their mean losses in the last epoch.
     """
+    assert config.epochs is not None, "not resolved"
     steps = steps_in_epoch(train, config, " (solver=exact needs no batches)")
     device = extractor.device
     heads = Heads(len(config.blr), extractor.width, len(train.class_names), config.seed).to(device)

@@ -3,9 +3,11 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
+from fastmim.errors import ConfigError
 from fastmim.evaluate.config import LinearConfig
 from fastmim.evaluate.features import regroup
 from fastmim.evaluate.linear import Heads, train_heads
@@ -95,3 +97,15 @@ def test_regrouping_keeps_the_order_and_drops_the_rest():
         batches = list(regroup(zip(rows[:, None].split(parts), rows.split(parts), strict=True), 10))
         assert [labels.tolist() for _, labels in batches] == [list(range(10)), list(range(10, 20))]
         assert all(torch.equal(features[:, 0], labels) for features, labels in batches)
+
+
+@pytest.mark.parametrize(("depth", "epochs"), [(12, 90), (23, 90), (24, 50), (32, 50)])
+def test_the_paper_s_epochs_go_by_the_depth(depth, epochs, tiny_config):
+    trained = tiny_config(f"model.depth={depth}")
+    assert LinearConfig().resolved(trained).epochs == epochs
+    assert LinearConfig(epochs=7, warmup_epochs=1).resolved(trained).epochs == 7
+    assert LinearConfig(solver="exact").resolved(trained).epochs is None
+    with pytest.raises(
+        ConfigError, match=rf"warmup_epochs=90; expected less than the {epochs} epochs of an encoder"
+    ):
+        LinearConfig(warmup_epochs=90).resolved(trained)

@@ -21,6 +21,7 @@ from fastmim.evaluate.config import KnnConfig
 from fastmim.evaluate.encoder import load_encoder
 from fastmim.evaluate.features import FeatureExtractor, pooled
 from fastmim.evaluate.labels import read_labelled
+from fastmim.exchange.outward import export_weights
 from fastmim.masking import mask_from_order
 from tests.launching import run_command
 
@@ -262,7 +263,9 @@ def test_five_classes_have_a_top_5_and_arrays_their_labels(command, tmp_path):
     assert told["top1"] > 0.8 and told["top5"] >= told["top1"] and len(told["per_class"]) == 6
 
 
-def test_a_finished_evaluation_is_kept_and_another_one_is_refused(command, make_classes, tmp_path, capsys):
+def test_a_finished_evaluation_is_kept_and_another_one_is_refused(
+    command, weights, make_classes, tmp_path, capsys
+):
     assert command("knn", "k=5") == 0
     before = (tmp_path / "out" / "eval.json").stat().st_mtime_ns
     assert command("knn", "k=5", "images_at_once=3") == 0
@@ -276,6 +279,10 @@ def test_a_finished_evaluation_is_kept_and_another_one_is_refused(command, make_
     assert "has protocol='knn', this evaluation 'few_shot'" in capsys.readouterr().err
     assert command("knn", "k=6", "--force") == 0
     assert result(tmp_path)["settings"]["k"] == 6
+    # The same tensors for larger images are another encoder.
+    export_weights(str(weights), str(tmp_path / "larger.safetensors"), "fastmim", image_size=(48, 48))
+    assert command("knn", "k=6", weights=tmp_path / "larger.safetensors") == 2
+    assert "eval.json has weights.image_size=None, this evaluation [48, 48]" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line(command, weights, train_folder, make_classes, tmp_path, capsys):
@@ -295,7 +302,9 @@ def test_bad_input_is_one_line(command, weights, train_folder, make_classes, tmp
         "blr=[0.3] with solver='exact'; expected solver='lars'": ["linear", "solver=exact", "blr=0.3"],
         "l2=[1.0] with solver='lars'; expected solver='exact'": ["linear", "l2=1"],
         "validation=0.2 with blr=[0.1]; expected several": ["linear", "validation=0.2"],
-        "warmup_epochs=90; expected less than epochs=90": ["linear", "warmup_epochs=90"],
+        "warmup_epochs=90; expected less than the 90 epochs of an encoder of": ["linear", "warmup_epochs=90"],
+        "warmup_epochs=9; expected less than epochs=9": ["attentive", "warmup_epochs=9", "epochs=9"],
+        "epochs=None; expected an integer": ["attentive", "epochs=null"],
         "scale=[0.5, 0.2]; expected 0 < lowest": ["linear", "scale=[0.5,0.2]"],
         "shots=11; expected at most the 10 training images of class 'red'": ["few_shot", "shots=11"],
         "test_share=0.5 with --test": ["knn", "test_share=0.5"],

@@ -1,0 +1,30 @@
+"""The number format of a run, on a CPU that computes bf16 and on one that does not."""
+
+import pytest
+import torch
+
+from fastmim.errors import ConfigError
+from fastmim.precision import choose_precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[True, False], ids=["with bf16", "without"])
+def has_bf16(request, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: request.param)
+    for name in ("_is_amx_tile_supported", "_is_amx_fp16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    return request.param
+
+
+def test_auto_is_what_the_hardware_computes(has_bf16, caplog):
+    assert choose_precision("auto", CPU) == ("bf16" if has_bf16 else "fp32")
+    assert choose_precision("fp32", CPU) == "fp32"
+    assert not caplog.text
+
+
+def test_emulated_bf16_is_warned_of_and_fp16_refused(has_bf16, caplog):
+    assert choose_precision("bf16", CPU) == "bf16"
+    assert ("this cpu emulates it, more slowly than float32" in caplog.text) is not has_bf16
+    with pytest.raises(ConfigError, match="this cpu does not compute it; expected bf16 or fp32"):
+        choose_precision("fp16", CPU)
