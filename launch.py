@@ -24,7 +24,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--resume",
         default="auto",
         metavar="auto|PATH|none",
-        help="the output folder's newest checkpoint if any (default), that of a run or checkpoint PATH, or a new run",
+        help="the output folder's newest checkpoint if any (default); that of a run or checkpoint PATH, or, given "
+        "again, what has become of it in the output folder; or a new run",
     )
     parser.add_argument(
         "--local_rank", type=int, default=None, help=argparse.SUPPRESS

@@ -1,25 +1,30 @@
 """Saving a run on all ranks and taking it up again, through DeepSpeed's files inside our own directory."""
 
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastmim import manifest as manifests
 from fastmim.config import Config
 from fastmim.ema import EMA
-from fastmim.errors import CheckpointError
+from fastmim.errors import CheckpointError, TrainingAborted
 from fastmim.manifest import EMA_WEIGHTS, WEIGHTS
 from fastmim.provenance import source_commit
 from fastmim.ranks import Ranks
 from fastmim.split_adamw import Master, SplitAdamW
 
 _TAG = "deepspeed"
+_TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
+"""What torch.save's errors of a full disk name; they are RuntimeErrors, as many others are."""
 
 # What may change between a run and its continuation: where things lie, how often it tells and saves, and how
 # fast it computes the same mathematics. Everything else is refused.
@@ -73,7 +78,38 @@ def save(
         step: optimiser steps done; all that a resume needs of data, crops and masks.
         state: what else to store; JSON.
         ema: averaged weights to store too.
+
+    Raises:
+        TrainingAborted: on a rank whose storage is full or fails.
     """
+    run = Path(config.output)
+    with _storage_told(run, step):
+        return _save(engine, ranks, config, precision, step, state, ema)
+
+
+@contextmanager
+def _storage_told(run: Path, step: int) -> Iterator[None]:
+    """Storage that is full or fails ends a run in one line; only the checkpoint being written is lost."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in _TORCH_WRITER):
+            raise
+        raise TrainingAborted(
+            f"the checkpoint of step {step} cannot be written below {run} ({error}); those before it are whole, and "
+            "the same command goes on from the newest"
+        ) from error
+
+
+def _save(
+    engine: DeepSpeedEngine,
+    ranks: Ranks,
+    config: Config,
+    precision: str,
+    step: int,
+    state: dict[str, Any],
+    ema: EMA | None,
+) -> Path:
     run = Path(config.output)
     folder = manifests.unfinished_path(run, step)
     ranks.run_on_first(lambda: folder.mkdir(parents=True, exist_ok=True))

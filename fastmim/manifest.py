@@ -212,8 +212,15 @@ def resolve(path: Path) -> tuple[Path, dict[str, Any]]:
     return found
 
 
+def begun_from(resume: str) -> str | None:
+    """What a run's checkpoints remember of `--resume PATH`; None of `auto` and `none`."""
+    return None if resume in ("auto", "none") else os.path.realpath(resume)
+
+
 def find(run: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that `--resume` asks for, and its manifest; None to start anew.
+
+    A run that has gone on from PATH goes on from its own newest checkpoint: schedulers repeat a command.
 
     Args:
         run: output folder.
@@ -223,6 +230,10 @@ def find(run: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
         CheckpointError: PATH holds none, `none` would mix two runs in one folder, or `auto` finds damaged ones only.
     """
     if resume not in ("auto", "none"):
+        own = newest_whole(run)
+        if own is not None and own[1].get("state", {}).get("begun_from") == begun_from(resume):
+            logger.info("%s has begun from %s and goes on from its own newest checkpoint", run, resume)
+            return own
         checkpoint, manifest = resolve(Path(resume))
         later = [
             path.name

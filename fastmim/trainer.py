@@ -6,7 +6,7 @@ import signal
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -88,7 +88,8 @@ class Trainer:
         check_sinks(config)
         start_distributed(ranks)
         check_fragment(config, precision, micro_batch)
-        self._lock = ranks.run_on_first(lambda: manifests.lock(self.run_folder))
+        self._stop_file = self.run_folder / "stop"
+        self._lock = ranks.run_on_first(self._take_folder)
         self.index = open_index(config.require_source(), config.data, ranks)
         self.sheet = open_sheet(config, ranks, self.index) if config.log.reconstruct_every_steps else None
         found = ranks.share(ranks.run_on_first(lambda: manifests.find(self.run_folder, resume)))
@@ -108,11 +109,14 @@ class Trainer:
         decay = config.train.ema_decay
         self.ema = EMA(checkpoints.master_tensors(self.engine), decay) if decay else None
         self.step, self.skipped = 0, 0
+        self._begun_from: str | None = None
         bad: dict[int, str] = {}
         if found is not None:
             folder, manifest = found
             checkpoints.load(self.engine, folder, self.ema)
             self.step, self.skipped = manifest["step"], manifest["state"]["skipped"]
+            own = folder.resolve().is_relative_to(self.run_folder.resolve())
+            self._begun_from = manifest["state"].get("begun_from") if own else manifests.begun_from(resume)
             bad = {int(sample): name for sample, name in manifest["state"]["bad_images"].items()}
 
         self.loader = Loader(
@@ -147,7 +151,7 @@ class Trainer:
             logger.info("resuming after step %d of %d", self.step, self.total_steps)
 
     def run(self, signals: StopSignals) -> None:
-        """Train until the schedule, `train.max_steps` or a signal ends it; the last step is saved."""
+        """Train until the schedule, `train.max_steps`, a signal or a stop file ends it; the last step is saved."""
         config, window = self.config, self.window
         batches = iter(self.loader)
         recent: deque[Any] = deque(maxlen=config.train.max_skipped_in_a_row + config.log.every_steps)
@@ -155,11 +159,13 @@ class Trainer:
         profiling = config.train.profile and self.ranks.first and self.step < self.last_step
         profiler = start_profiler(self.run_folder, self.last_step - self.step) if profiling else None
         window.reset()
-        # A signal that came while the run was set up ends it before a step.
-        stop = self.ranks.start_flags(signals.received is not None).wait()[0]
+        if self.ranks.first:
+            signals.watch(self._stop_file)
+        # A wish that came while the run was set up ends it before a step.
+        stop = self.ranks.start_flags(signals.wanted()).wait()[0]
         while self.step < self.last_step and not stop:
             flags = self.ranks.start_flags(
-                signals.received is not None, self._is_save_due(saved_at), self.bad_images.rank_failed
+                signals.wanted(), self._is_save_due(saved_at), self.bad_images.rank_failed
             )
             lr = self._set_learning_rate()
             self.objective.progress = self.step / self.total_steps
@@ -186,7 +192,7 @@ class Trainer:
         if stop:
             signals.received = signals.received or signal.SIGTERM  # another rank's is this one's too
             logger.info(
-                "stopped by a signal after step %d; the same command goes on from there, with --resume auto",
+                "stopped, as asked, after step %d; the same command goes on from there (not with --resume none)",
                 self.step,
             )
         if profiler is not None:
@@ -290,6 +296,7 @@ class Trainer:
             "skipped": self.skipped,
             "bad_images": self.bad_images.stored,
             "frozen": self.fingerprints,
+            "begun_from": self._begun_from,
         }
         checkpoints.save(self.engine, self.ranks, self.config, self.precision, self.step, state, self.ema)
 
@@ -301,6 +308,13 @@ class Trainer:
             self.sheet.draw(path, self.objective, rebuilt, f"step {self.step}")
             self.metrics.add_image("reconstructions", path, self.step)
             draw_loss(self.run_folder / "loss.png", read_records(self.metrics.path))
+
+    def _take_folder(self) -> IO[str]:
+        lock = manifests.lock(self.run_folder)
+        if self._stop_file.exists():
+            logger.warning("removing %s, which was meant for an earlier run", self._stop_file)
+            self._stop_file.unlink()
+        return lock
 
     def _open_run(self) -> None:
         config = self.config

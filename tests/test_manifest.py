@@ -1,17 +1,19 @@
 """Checkpoint directories: whole or absent, and every alteration noticed."""
 
+import shutil
+
 import pytest
 
 from fastmim import manifest as manifests
 from fastmim.errors import CheckpointError
 
 
-def write(run, step, content=b"weights", keep=2):
+def write(run, step, content=b"weights", keep=2, **more):
     folder = manifests.unfinished_path(run, step)
     (folder / "deepspeed").mkdir(parents=True)
     (folder / "deepspeed" / "states.pt").write_bytes(content)
     (folder / "model.safetensors").write_bytes(content * 2)
-    manifest = {"step": step, "files": manifests.describe(folder, manifests.list_files(folder))}
+    manifest = {"step": step, "files": manifests.describe(folder, manifests.list_files(folder)), **more}
     return manifests.publish(run, step, manifest, keep)
 
 
@@ -93,6 +95,24 @@ def test_damaged_checkpoints_alone_are_no_reason_to_begin_anew(tmp_path):
         (write(tmp_path, step) / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"damaged checkpoints only \(step-000000010, step-000000005; "):
         manifests.find(tmp_path, "auto")
+
+
+def test_a_repeated_resume_from_elsewhere_goes_on_from_the_run_s_own(tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    begun = write(there, 50)
+    assert manifests.find(here, str(begun))[1]["step"] == 50
+    state = {"begun_from": manifests.begun_from(str(begun))}
+    write(here, 60, state=state)
+    assert (
+        manifests.find(here, str(there / "checkpoints" / ".." / "checkpoints" / begun.name))[1]["step"] == 60
+    )
+    shutil.rmtree(there)  # the source may be gone by then
+    assert manifests.find(here, str(begun))[1]["step"] == 60
+    write(there, 40)
+    with pytest.raises(
+        CheckpointError, match=r"there is at step 40, but .*here already holds step-000000060"
+    ):
+        manifests.find(here, str(there))
 
 
 def test_a_damaged_checkpoint_of_a_later_step_takes_no_whole_one_s_place(tmp_path):

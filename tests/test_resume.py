@@ -2,6 +2,7 @@
 
 import random
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 from fastmim import manifest as manifests
 from tests.launching import (
     TINY_YAML,
+    command,
+    environment,
     launch,
     losses,
     records,
@@ -116,6 +119,38 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(recipe, uninter
     assert_same_run(run, uninterrupted)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stop_file_ends_all_ranks_as_a_signal_does(recipe, ranks):
+    arguments = ["data.source=images", f"output=asked{ranks}", "optim.epochs=100000"]
+    run = recipe.parent / f"asked{ranks}"
+    run.mkdir()
+    (run / "stop").touch()  # was meant for another run
+    process = start(recipe, *arguments, ranks=ranks)
+    wait_for(lambda: len(records(run)) >= 2, process)
+    (run / "stop").touch()
+    code = process.wait(60)
+    assert code == 128 + signal.SIGTERM if ranks == 1 else code
+    assert not (run / "stop").exists()
+    stopped_at = records(run)[-1]["step"]
+    assert manifests.newest_whole(run)[1]["step"] == stopped_at
+
+
+def test_a_run_that_began_elsewhere_goes_on_when_its_command_is_repeated(recipe):
+    arguments = ["data.source=images", "checkpoint.every_steps=2"]
+    train(recipe, *arguments, "output=first", "train.max_steps=2")
+    first = str(manifests.checkpoint_path(recipe.parent / "first", 2))
+    command = [*arguments, "output=second", "--resume", first]
+    train(recipe, *command, "train.max_steps=4")
+    train(recipe, *arguments, "output=second", "train.max_steps=5")  # with --resume auto between
+    done = launch(recipe, *command, "train.max_steps=6")
+    assert done.returncode == 0, done.stdout
+    assert "resuming after step 5" in done.stdout
+    assert [record["step"] for record in records(recipe.parent / "second")] == [3, 4, 5, 6]
+    # Its own folder is no other place to begin from.
+    train(recipe, *arguments, "output=second", "train.max_steps=7", "--resume", "second")
+    assert train(recipe, *command, "train.max_steps=8")[-1]["step"] == 8
+
+
 def test_two_zero_ranks_stop_together_and_go_on(recipe):
     arguments = [*COMMON, "deepspeed.zero_optimization.stage=2"]
     expected = losses(train(recipe, *arguments, "output=pair_whole", ranks=2))
@@ -185,6 +220,31 @@ def test_a_run_is_not_rewound_in_its_own_folder(recipe):
     assert done.returncode == 2
     assert "is at step 2, but rewound already holds step-000000004; expected another output" in done.stdout
     assert len(records(recipe.parent / "rewound")) == 4
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_that_cannot_be_written_is_told_in_one_line(recipe, ranks):
+    """Files may grow to 64 KiB only, which a checkpoint does not keep to: as a full disk, but for the error's name."""
+    words = ["data.source=images", f"output=full{ranks}", "checkpoint.every_steps=2", "train.max_steps=4"]
+    train(recipe, *words[:3], "train.max_steps=2", ranks=ranks)
+    limited = ["bash", "-c", 'ulimit -f 64; exec "$0" "$@"', *command(recipe, *words, ranks=ranks)]
+    done = subprocess.run(
+        limited,
+        env=environment(),
+        cwd=recipe.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 3
+    told = [line for line in done.stderr.splitlines() if line.startswith("launch.py: ")]
+    assert told and all(
+        f"the checkpoint of step 4 cannot be written below full{ranks} (" in line for line in told
+    )
+    assert "Traceback" not in done.stderr.split("launch.py: ")[0]
+    assert manifests.newest_whole(recipe.parent / f"full{ranks}")[1]["step"] == 2
+    assert train(recipe, *words, ranks=ranks)[-1]["step"] == 4
 
 
 def test_two_runs_do_not_share_a_folder(recipe):
