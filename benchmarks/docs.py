@@ -31,11 +31,14 @@ def collect(results: Path) -> dict[str, str]:
         stored = json.loads(path.read_text())
         stem, _, machine = path.stem.partition(".")
         try:
-            tables = importlib.import_module(f"benchmarks.{stem}").tables(stored)
+            script = importlib.import_module(f"benchmarks.{stem}")
+            tables = script.tables(stored)
         except (ModuleNotFoundError, AttributeError) as error:
             raise ValueError(f"{path}: expected benchmarks/{stem}.py with `tables`; {error}") from error
         suffix = f"_{machine}" if machine else ""
-        found |= {f"{name}{suffix}": f"{text}\n\n{origin(stored)}" for name, text in tables.items()}
+        for name, text in tables.items():
+            told = predicted_by(stored) if name in getattr(script, "PREDICTED", ()) else origin(stored)
+            found[f"{name}{suffix}"] = f"{text}\n\n{told}"
     return found
 
 
@@ -48,6 +51,11 @@ def origin(stored: dict) -> str:
     hidden = ("json", "plot")
     facts += [f"{name}={value}" for name, value in stored["arguments"].items() if name not in hidden]
     return f"<sub>{'; '.join(facts)}</sub>"
+
+
+def predicted_by(stored: dict) -> str:
+    """What formula a table is of, in a line: it was not measured on any machine."""
+    return f"<sub>predicted by commit {stored['machine']['commit']}</sub>"
 
 
 def main() -> None:

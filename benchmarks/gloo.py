@@ -38,15 +38,16 @@ class Group:
     Args:
         ranks: how many.
         threads: of each, for its computations.
+        gpu: of the first rank, where there are GPUs.
     """
 
-    def __init__(self, ranks: int, threads: int):
+    def __init__(self, ranks: int, threads: int, gpu: int = 0):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         # A pool each: two tasks of one pool could both be taken by its first process.
         self._pools = [
-            ProcessPoolExecutor(1, get_context("spawn"), _enter, (rank, ranks, port, threads))
+            ProcessPoolExecutor(1, get_context("spawn"), _enter, (rank, ranks, port, threads, gpu))
             for rank in range(ranks)
         ]
         self._pids = self.start(os.getpid)
@@ -78,7 +79,10 @@ class Group:
         self.close() if kind is None else self.kill()
 
 
-def _enter(rank: int, ranks: int, port: int, threads: int) -> None:
+def _enter(rank: int, ranks: int, port: int, threads: int, gpu: int) -> None:
+    if gpu:  # before CUDA starts
+        every = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpu + ranks)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(every.split(",")[gpu:])
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -28,9 +28,13 @@ from benchmarks.gloo import SMALL, FixedBatch, Group, make_config
 from benchmarks.markdown import table
 from fastmim.memory import Memory, parameter_sizes, predict_memory
 from fastmim.profiling.memory import held_bytes
+from fastmim.ranks import Ranks
 
 TOLERANCE = {"states": 0.02, "activations": 0.15, "peak": 0.2}
 """Largest relative error of the formula that the page calls a hit."""
+
+PREDICTED = {"memory_fits"}
+"""Tables that nothing was measured for."""
 
 STAGE = "deepspeed.zero_optimization.stage"
 VARIANTS = {
@@ -56,7 +60,7 @@ RESERVE = 0.1
 
 def measure(words: list[str], steps: int, eager_loss: bool) -> dict[str, int | str]:
     """Bytes by kind on this rank, in a step after `steps` others."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = Ranks().device
     memory = report.PeakMemory(device)
     name = "fastmim.targets.pixels.masked_pixel_loss"
     with mock.patch(name, masked_pixel_loss_reference) if eager_loss else nullcontext():
@@ -201,7 +205,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--fits", type=float, metavar="BYTES", help="tell what fits, and measure nothing")
     parser.add_argument("--images", type=int, default=8, help="of a rank's micro-batch (default 8)")
-    parser.add_argument("--ranks", type=int, default=2)
+    ranks = min(2, torch.cuda.device_count() or 2)
+    parser.add_argument("--ranks", type=int, default=ranks, help="default 2, or 1 on one GPU")
     parser.add_argument("--steps", type=int, default=2, help="before a step is looked at (default 2)")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 8, 64], help="world sizes of --fits")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")

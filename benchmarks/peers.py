@@ -157,7 +157,7 @@ def compare(
 def tables(stored: dict) -> dict[str, str]:
     """The page's table of stored rows: `peers`."""
     header = ["implementation", "size", "dtype", "median ms", "p20–p80", "images/s", "MFU", "peak MiB"]
-    header += ["× the fastest peer", "of its memory", "which is"]
+    header += ["× the fastest peer", "of a round", "of its memory", "which is"]
     lines = [
         [
             *(row[key] for key in ("variant", "size", "dtype")),
@@ -167,6 +167,7 @@ def tables(stored: dict) -> dict[str, str]:
             f"{row['mfu']:.0%}",
             f"{row['peak_memory_bytes'] / 2**20:.0f}",
             f"{row['ratio']:.2f}",
+            "–".join(f"{limit:.2f}" for limit in row["ratio_range"]),
             f"{row['memory_ratio']:.2f}",
             row["against"],
         ]

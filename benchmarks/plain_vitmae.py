@@ -24,6 +24,7 @@ from transformers import ViTMAEForPreTraining  # noqa: E402
 from fastmim import recipes  # noqa: E402
 from fastmim.config import Config  # noqa: E402
 from fastmim.optim import learning_rate  # noqa: E402
+from fastmim.precision import choose_precision  # noqa: E402
 
 
 class Images(Dataset):
@@ -65,6 +66,7 @@ def train(config: Config, initial: Path, folder: Path, started: float, seconds: 
     """Train until `seconds` after `started`, by the monotonic clock; writes `folder`/model and told.json."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.train.seed)
+    bf16 = choose_precision(config.train.precision, device) == "bf16"  # as the run that it is beside
     model = ViTMAEForPreTraining.from_pretrained(initial).to(device).train()
     for name, parameter in model.named_parameters():
         # Fixed tables in a new model, which from_pretrained of transformers 5 lets train.
@@ -87,7 +89,7 @@ def train(config: Config, initial: Path, folder: Path, started: float, seconds: 
         rate = learning_rate(optim, progress * optim.epochs)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = model(images.to(device, non_blocking=True)).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

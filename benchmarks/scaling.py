@@ -42,6 +42,9 @@ GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 MFU, IMAGES_PER_GPU = 0.4, 256
 """Assumptions of the prediction."""
 
+PREDICTED = {"scaling_model"}
+"""Tables that nothing was measured for."""
+
 _STEPS: dict[int, FixedBatch] = {}  # of this process, by ZeRO stage
 
 
@@ -87,14 +90,22 @@ def time_steps(stage: int, steps: int) -> tuple[float, float]:
 
 def time_all_reduce(numbers: int, precision: str, times: int = 3) -> float:
     """Median seconds of summing so many numbers over the ranks."""
-    values = torch.ones(numbers, dtype=harness.DTYPES[precision])
+    device = Ranks().device
+    values = torch.ones(numbers, dtype=harness.DTYPES[precision], device=device)
     seconds = []
     for _ in range(1 + times):
         dist.barrier()
+        _wait(device)
         started = time.perf_counter()
         dist.all_reduce(values)
+        _wait(device)
         seconds.append(time.perf_counter() - started)
     return median(seconds[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def measure_link(pair: Group, numbers: int, precision: str) -> Link:
@@ -107,7 +118,8 @@ def measure_link(pair: Group, numbers: int, precision: str) -> Link:
 def measure_stage(stage: int, args: argparse.Namespace) -> list[dict]:
     """Rows of one ZeRO stage: 1 rank, 2 ranks that are not joined, 2 ranks that are."""
     words = args.overrides or SMALL
-    with Group(1, 1) as alone, Group(1, 1) as other, Group(2, 1) as pair:
+    # On GPUs each rank that computes at a time has one of its own.
+    with Group(1, 1) as alone, Group(1, 1, gpu=1) as other, Group(2, 1) as pair:
         starting = [group.start(build, words, stage, args.images) for group in (alone, other, pair)]
         built = [ranks[0].result() for ranks in starting]
         # The first rank of a pair has the images of one that is alone.
@@ -269,7 +281,10 @@ def main(arguments: list[str] | None = None) -> None:
         "overrides", nargs="*", metavar="key=value", help=f"of mae_vit_base; default {' '.join(SMALL)}"
     )
     args = parser.parse_intermixed_args(arguments)
-    rows = [row for stage in args.stages for row in measure_stage(stage, args)]
+    if torch.cuda.device_count() == 1:
+        print("one GPU: two ranks are not measured; what follows is the model alone", file=sys.stderr)
+    measured = [] if torch.cuda.device_count() == 1 else args.stages
+    rows = [row for stage in measured for row in measure_stage(stage, args)]
     stored = report.store("scaling", rows, args, predicted=predict(args))
     made = tables(stored)
     print(f"{made['scaling']}\n\nPredicted, not measured:\n\n{made['scaling_model']}")

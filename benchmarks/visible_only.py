@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 # Run as a script, Python looks here first, where `kernels.py` would pass for a package of that name.
 if __name__ == "__main__":
@@ -112,7 +113,7 @@ def measure(
 ) -> list[dict]:
     """The rows of a size and mask ratio, from so many turns of each."""
     batch = args.batch or BATCHES[size]
-    samples: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    turns: dict[str, list[list[float]]] = {name: [] for name in VARIANTS}
     memory = dict.fromkeys(VARIANTS, 0)
     problems, flops = {}, {}
     for name, config in configs_of(size, ratio, batch, args.set).items():
@@ -122,9 +123,11 @@ def measure(
     for _ in range(rounds):
         for name, problem in problems.items():
             seconds, peak = take_turn(problem, args.steps)
-            samples[name] += seconds
+            turns[name].append(seconds)
             memory[name] = max(memory[name], peak)
         rate.measure(args.dtype)
+    # A turn is one sample: what slows a process slows all of its steps.
+    samples = {name: [median(seconds) for seconds in each] for name, each in turns.items()}
     return [
         report.timed_row(
             name,
@@ -136,6 +139,7 @@ def measure(
             flops=flops[name],
             baseline_flops=flops[BASELINE],
             peak_memory=memory[name],
+            turns=turns[name],
             mask_ratio=ratio,
             paper=PAPER.get((size, name)),
         )

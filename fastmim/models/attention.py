@@ -37,7 +37,6 @@ def choose_attention(wanted: str, device_type: str, precision: str = "fp32") -> 
         # do (benchmarks/attention.py).
         chosen, why = "matmul", "faster than sdpa in bf16 on a CPU"
     elif wanted == "auto":
-        # On CUDA too: tried on an H100, steps with xformers were longer, on the device and for Python.
         chosen, why = "sdpa", "PyTorch's own"
     logger.info("attention: %s (%s)", chosen, why)
     return chosen

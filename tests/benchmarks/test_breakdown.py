@@ -1,10 +1,12 @@
 """Where a step's time goes by kind: every operation has one kind, and what an optimiser calls is the optimiser's."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import DeviceType
 
 from benchmarks import breakdown, contenders, peers, report
 from tests.benchmarks.test_peers import SMALL
@@ -47,6 +49,32 @@ def test_a_step_spends_seconds_on_what_it_calls_alone():
     assert set(spent) == set(breakdown.KINDS)
     assert min(spent[breakdown.LINEARS], spent["sums"]) > 0
     assert spent["GELU"] == spent["LayerNorm"] == spent[breakdown.OPTIMISER] == 0
+
+
+def test_a_gpu_s_kernels_count_once():
+    def event(name, device_us, kind=DeviceType.CPU, annotation=False):
+        told = {"name": name, "self_device_time_total": device_us, "cpu_parent": None}
+        return SimpleNamespace(**told, device_type=kind, is_user_annotation=annotation)
+
+    events = [
+        event("aten::mm", 3e6),
+        event("sm90_gemm", 3e6, DeviceType.CUDA),
+        event("Optimizer.step#AdamW.step", 5e6, annotation=True),
+        event("Optimizer.step#AdamW.step", 5e6, DeviceType.CUDA, annotation=True),
+        event("aten::gelu", 1e6),
+    ]
+    spent = breakdown.sum_by_kind(events, on_cuda=True)
+    assert {kind: seconds for kind, seconds in spent.items() if seconds} == {"linears": 3.0, "GELU": 1.0}
+
+
+def test_the_bound_is_of_the_same_rounds():
+    own = {
+        "kinds_samples": [
+            {"linears": 1.0, "attention": 1.0, "other": 9.0},
+            {"linears": 3.0, "attention": 1.0},
+        ]
+    }
+    assert breakdown.bounds(own, {"samples": [3.0, 4.0]}) == [1.5, 1.0]
 
 
 def test_rows_and_table_of_real_steps(tmp_path, monkeypatch):

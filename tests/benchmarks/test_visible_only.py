@@ -55,7 +55,7 @@ def test_rows_tables_and_curve(monkeypatch, tmp_path):
             if objective.decoder_depth == 1
             else VISIBLE
         )
-        return [seconds[name]] * steps, 2**20
+        return [seconds[name]] * (steps - 1) + [9 * seconds[BASELINE]], 2**20
 
     monkeypatch.setattr(visible_only, "take_turn", take_turn)
     monkeypatch.setattr(report, "measure_peak_flops", lambda *args: 1e12)
@@ -75,16 +75,17 @@ def test_rows_tables_and_curve(monkeypatch, tmp_path):
                 "--rounds",
                 "2",
                 "--steps",
-                "2",
+                "3",
             ),
             *("--json", str(out), "--plot", str(tmp_path / "curve.png"), "--set", *SMALL),
         ]
     )
     stored = json.loads(out.read_text())
     assert len(stored["rows"]) == 6  # the paper's ratio is one of the curve's
-    assert all(row.keys() == KEYS | {"mask_ratio", "paper"} for row in stored["rows"])
+    assert all(row.keys() == KEYS | {"mask_ratio", "paper", "turns"} for row in stored["rows"])
     row = stored["rows"][1]
-    assert (row["variant"], row["ratio"], row["paper"], len(row["samples"])) == (VISIBLE, 2.0, 2.8, 4)
+    assert (row["variant"], row["ratio"], row["paper"], row["samples"]) == (VISIBLE, 2.0, 2.8, [2.0, 2.0])
+    assert row["turns"] == [[2.0, 2.0, 36.0]] * 2
     assert 1 < row["flop_ratio"] < 4 and row["efficiency"] == pytest.approx(2 / row["flop_ratio"])
     tables = visible_only.tables(stored)
     assert tables["visible_only"].endswith(" 3.7 |") and "| 0% | 75% |" in tables["visible_only_curve"]
