@@ -58,6 +58,8 @@ def usable_rows(table: Table, config: DataConfig, prefix: str) -> tuple[np.ndarr
 
 def is_no_image(name: str, reason: str) -> bool:
     """Whether what was left out for `reason` is no image that somebody could miss."""
+    if " tar" in reason:  # of a whole shard, or its end
+        return False
     suffix = os.path.splitext(name)[1][1:].lower()
     if name.endswith("/") or suffix in IMAGE_SUFFIXES | _OTHER_IMAGE_SUFFIXES:
         return reason == LEADS_BACK  # what it leads to is there already

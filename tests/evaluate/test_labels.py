@@ -73,6 +73,11 @@ def test_shards_and_arrays(train_folder, tmp_path):
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     assert labelled(tmp_path / "a.tar").labels.tolist() == [i % 3 for i in range(len(paths))]
+    (tmp_path / "b.tar").write_bytes(b"no shard at all")
+    with pytest.raises(
+        DataError, match=r"1 beside 36 images cannot be used, such as .*b.tar: no uncompressed tar"
+    ):
+        labelled(tmp_path / "*.tar")
     np.save(tmp_path / "x.npy", np.zeros((6, 8, 8, 3), np.uint8))
     np.save(tmp_path / "y.npy", np.array([0, 1, 1, 0, 2, 2], np.uint8))
     assert labelled(tmp_path / "x.npy", tmp_path / "y.npy").labels.tolist() == [0, 1, 1, 0, 2, 2]
