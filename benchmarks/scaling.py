@@ -266,6 +266,11 @@ def draw(path: Path, predicted: list[dict]) -> None:
     report.draw_bars(path, [f"{gpus} GPUs" for gpus in GPUS], lines, "efficiency, nothing hidden")
 
 
+def count_gpus() -> int:
+    """Of this machine; 0 where ranks compute on the CPU."""
+    return torch.cuda.device_count()
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure, predict, print, store."""
     parser = argparse.ArgumentParser(
@@ -281,10 +286,11 @@ def main(arguments: list[str] | None = None) -> None:
         "overrides", nargs="*", metavar="key=value", help=f"of mae_vit_base; default {' '.join(SMALL)}"
     )
     args = parser.parse_intermixed_args(arguments)
-    if torch.cuda.device_count() == 1:
+    rows = []
+    if count_gpus() == 1:
         print("one GPU: two ranks are not measured; what follows is the model alone", file=sys.stderr)
-    measured = [] if torch.cuda.device_count() == 1 else args.stages
-    rows = [row for stage in measured for row in measure_stage(stage, args)]
+    else:
+        rows = [row for stage in args.stages for row in measure_stage(stage, args)]
     stored = report.store("scaling", rows, args, predicted=predict(args))
     made = tables(stored)
     print(f"{made['scaling']}\n\nPredicted, not measured:\n\n{made['scaling_model']}")

@@ -84,7 +84,32 @@ def save(
     """
     run = Path(config.output)
     with _storage_told(run, step):
-        return _save(engine, ranks, config, precision, step, state, ema)
+        folder = manifests.unfinished_path(run, step)
+        ranks.run_on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+        engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        save_weights(engine, ranks, folder / WEIGHTS, config)
+        if ema is not None:
+            with ema.swapped():
+                save_weights(engine, ranks, folder / EMA_WEIGHTS, config)
+        ranks.barrier()
+        names = manifests.list_files(folder)
+        shares = ranks.gather(manifests.describe(folder, names[ranks.rank :: ranks.world_size]))
+        content = {
+            "format": 1,
+            "step": step,
+            "world_size": ranks.world_size,
+            "zero_stage": config.zero_stage,
+            "precision": precision,
+            "config": config.model_dump(mode="json"),
+            "state": state,
+            "versions": {
+                **{name: importlib.metadata.version(name) for name in ("fastmim", "torch", "deepspeed")},
+                "commit": source_commit(),
+            },
+            "files": {name: facts for share in shares for name, facts in sorted(share.items())},
+        }
+        ranks.run_on_first(lambda: manifests.publish(run, step, content, config.checkpoint.keep))
+        return manifests.checkpoint_path(run, step)
 
 
 @contextmanager
@@ -99,44 +124,6 @@ def _storage_told(run: Path, step: int) -> Iterator[None]:
             f"the checkpoint of step {step} cannot be written below {run} ({error}); those before it are whole, and "
             "the same command goes on from the newest"
         ) from error
-
-
-def _save(
-    engine: DeepSpeedEngine,
-    ranks: Ranks,
-    config: Config,
-    precision: str,
-    step: int,
-    state: dict[str, Any],
-    ema: EMA | None,
-) -> Path:
-    run = Path(config.output)
-    folder = manifests.unfinished_path(run, step)
-    ranks.run_on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
-    engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-    save_weights(engine, ranks, folder / WEIGHTS, config)
-    if ema is not None:
-        with ema.swapped():
-            save_weights(engine, ranks, folder / EMA_WEIGHTS, config)
-    ranks.barrier()
-    names = manifests.list_files(folder)
-    shares = ranks.gather(manifests.describe(folder, names[ranks.rank :: ranks.world_size]))
-    content = {
-        "format": 1,
-        "step": step,
-        "world_size": ranks.world_size,
-        "zero_stage": config.zero_stage,
-        "precision": precision,
-        "config": config.model_dump(mode="json"),
-        "state": state,
-        "versions": {
-            **{name: importlib.metadata.version(name) for name in ("fastmim", "torch", "deepspeed")},
-            "commit": source_commit(),
-        },
-        "files": {name: facts for share in shares for name, facts in sorted(share.items())},
-    }
-    ranks.run_on_first(lambda: manifests.publish(run, step, content, config.checkpoint.keep))
-    return manifests.checkpoint_path(run, step)
 
 
 def load(engine: DeepSpeedEngine, checkpoint: Path, ema: EMA | None = None) -> None:

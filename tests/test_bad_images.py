@@ -5,43 +5,35 @@ import pytest
 from tests.launching import TINY_YAML, launch, start, wait_for, write_images
 
 
+def launch_on(folder):
+    """launch.py on `folder`/images, of which a fifth may be bad."""
+    (folder / "tiny.yaml").write_text(TINY_YAML)
+    words = ["data.source=images", "output=run", "train.max_steps=8", "data.max_bad_fraction=0.2"]
+    return launch(folder / "tiny.yaml", *words)
+
+
+def corrupted(jpeg):
+    """A header that reads well and a body that does not: only decoding finds out."""
+    return jpeg[: jpeg.index(b"\xff\xda")] + b"\xff\xda\x00\x02" + b"\x00" * 200 + b"\xff\xd9"
+
+
 def test_bad_images_are_named_and_the_run_goes_on(tmp_path):
-    (tmp_path / "tiny.yaml").write_text(TINY_YAML)
     folder = write_images(tmp_path / "images", 16, suffix=".jpg")
     whole = (folder / "0003.jpg").read_bytes()
     (folder / "empty.jpg").touch()
     (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    # A header that reads well and a body that does not: only decoding finds out.
-    scan = whole.index(b"\xff\xda")
-    (folder / "corrupt.jpg").write_bytes(whole[:scan] + b"\xff\xda\x00\x02" + b"\x00" * 200 + b"\xff\xd9")
-    done = launch(
-        tmp_path / "tiny.yaml",
-        "data.source=images",
-        "output=run",
-        "train.max_steps=8",
-        "data.max_bad_fraction=0.2",
-    )
+    (folder / "corrupt.jpg").write_bytes(corrupted(whole))
+    done = launch_on(tmp_path)
     assert done.returncode == 0, done.stdout
     for name in ("empty.jpg", "truncated.jpg", "corrupt.jpg"):
         assert name in done.stdout
 
 
 def test_too_many_bad_images_end_the_run_with_their_names(tmp_path):
-    (tmp_path / "tiny.yaml").write_text(TINY_YAML)
     folder = write_images(tmp_path / "images", 16, suffix=".jpg")
-    for i in range(8):
-        whole = (folder / f"{i:04d}.jpg").read_bytes()
-        scan = whole.index(b"\xff\xda")
-        (folder / f"{i:04d}.jpg").write_bytes(
-            whole[:scan] + b"\xff\xda\x00\x02" + b"\x00" * 200 + b"\xff\xd9"
-        )
-    done = launch(
-        tmp_path / "tiny.yaml",
-        "data.source=images",
-        "output=run",
-        "train.max_steps=8",
-        "data.max_bad_fraction=0.2",
-    )
+    for path in sorted(folder.iterdir())[:8]:
+        path.write_bytes(corrupted(path.read_bytes()))
+    done = launch_on(tmp_path)
     assert done.returncode == 3, done.stdout
     told = done.stdout[done.stdout.index("launch.py: ") :]
     assert "4 of 16 images cannot be decoded; expected at most 3 (data.max_bad_fraction=0.2)" in told

@@ -9,10 +9,8 @@ import hashlib
 import io
 import os
 import tarfile
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -21,14 +19,13 @@ from tqdm import tqdm
 
 from fastmim.config import DataConfig
 from fastmim.data import scan
+from fastmim.data.headers import read_headers
 from fastmim.data.sources import Member, Refused, list_members, walk_folder
 from fastmim.data.table import Names, Table, cache_path, load_table, store_table
 from fastmim.data.usable import is_no_image, nothing_usable, suffix_of, usable_rows, what_is_near
 from fastmim.errors import DataError
 
 _THREADS = 16
-_CHUNK = 256
-_KEEP_EVERY_S = 60
 
 
 def _nothing() -> np.ndarray:
@@ -173,7 +170,7 @@ def _index_folder(root: str, config: DataConfig, progress: bool, refresh: bool) 
         return scan.read_path(prefix + table.names[row], int(table.sizes[row]))
 
     if len(todo):
-        _read_headers(table, todo, read, progress, root, lambda: store_table(cache, table, []))
+        read_headers(table, todo, read, progress, root, lambda: store_table(cache, table, []))
     rows, rejected = usable_rows(table, config, "")
     rejected += found.refused
     if not len(rows):
@@ -277,35 +274,6 @@ def _index_npy(path: str, config: DataConfig) -> Index:
         rejected=(),
         fingerprint=fingerprint.hexdigest(),
     )
-
-
-def _read_headers(
-    table: Table,
-    rows: np.ndarray,
-    read: Callable[[int], scan.Header],
-    progress: bool,
-    name: str,
-    keep: Callable[[], None],
-) -> None:
-    """Enter the headers of some rows; `keep` is called now and then, and at the end, whatever ends it."""
-    chunks = np.array_split(rows, max(1, len(rows) // _CHUNK))
-    kept = time.monotonic()
-    with (
-        ThreadPoolExecutor(_THREADS) as pool,
-        tqdm(total=len(rows), desc=f"scan {name}", unit=" files", disable=not progress) as bar,
-    ):
-        try:
-            headers_of = pool.map(lambda chunk: [read(row) for row in chunk.tolist()], chunks)
-            for chunk, headers in zip(chunks, headers_of, strict=True):
-                for row, header in zip(chunk.tolist(), headers, strict=True):
-                    table.set(row, header)
-                bar.update(len(chunk))
-                if time.monotonic() - kept >= _KEEP_EVERY_S:
-                    keep()
-                    kept = time.monotonic()
-        finally:
-            pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
-            keep()
 
 
 def _folder_classes(names: Names) -> tuple[np.ndarray, tuple[str, ...]]:

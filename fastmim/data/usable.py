@@ -11,20 +11,7 @@ from fastmim.data.sources import IMAGE_SUFFIXES, LEADS_BACK, Refused
 from fastmim.data.table import Table
 
 EMPTY = "empty file"
-_OTHER_IMAGE_SUFFIXES = {
-    "jpe",
-    "jfif",
-    "jpx",
-    "jxl",
-    "gif",
-    "heic",
-    "heif",
-    "avif",
-    "pnm",
-    "tga",
-    "psd",
-    "svg",
-}
+_OTHER_IMAGE_SUFFIXES = {"jpe", "jfif", "jxl", "gif", "heic", "heif", "avif", "pnm"}
 """Of formats that are not read, or by which files of those that are may be called."""
 
 

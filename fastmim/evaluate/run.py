@@ -119,7 +119,7 @@ def _with_common_limits(images: DataConfig) -> DataConfig:
 
 def _places(trained: Config) -> dict[str, Any]:
     """What tells encoders of the same tensors and of resized fixed positions apart."""
-    if trained.model.positions_grid is None:
+    if trained.positions_grid == trained.grid:
         return {}
     return {"positions_grid": list(trained.positions_grid), "image_size": list(trained.data.image_size)}
 

@@ -1,11 +1,15 @@
 """The communication model by hand, and two real ranks that are timed."""
 
 import argparse
+import json
+import os
+from unittest import mock
 
 import pytest
 
 from benchmarks import scaling
 from benchmarks.communication import Link, Step, communication_seconds, efficiency, step_seconds
+from benchmarks.gloo import Group
 from tests.benchmarks.test_report import KEYS
 
 STEP = Step(compute=1.0, update=0.4, gradient_bytes=10**9)
@@ -86,3 +90,20 @@ def test_tables():
     made = scaling.tables({"rows": rows, "predicted": predicted})
     assert "| s | fp32 | 2 ranks | 100 | 100–200 | 20.0 | 1.50 | 75% | 110 | +10% | 2.00 |" in made["scaling"]
     assert len(made["scaling_model"].splitlines()) == 2 + len(scaling.GPUS)
+
+
+def test_on_one_gpu_only_the_model_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "count_gpus", lambda: 1)
+    scaling.main(["--json", str(tmp_path / "rows.json")])
+    stored = json.loads((tmp_path / "rows.json").read_text())
+    assert stored["rows"] == [] and {row["stage"] for row in stored["predicted"]} == {0, 1, 2, 3}
+    assert "one GPU: two ranks are not measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("visible", "left"), [("", "1"), ("4,6", "6")])
+def test_a_group_beside_another_has_the_next_gpu(visible, left):
+    with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": visible}):
+        with Group(1, 1, gpu=1) as group:
+            assert group.call(os.getenv, "CUDA_VISIBLE_DEVICES") == [left]
+        with Group(1, 1) as group:
+            assert group.call(os.getenv, "CUDA_VISIBLE_DEVICES") == [visible]

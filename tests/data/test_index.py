@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastmim.data import headers, scan
 from fastmim.data import index as indexing
-from fastmim.data import scan
 from fastmim.errors import DataError
 
 
@@ -73,8 +73,8 @@ def test_only_a_changed_file_is_read_again(make_folder, photo, index_of, reads, 
 
 def test_a_scan_that_was_interrupted_goes_on(make_folder, index_of, reads, monkeypatch):
     folder = make_folder(9)
-    monkeypatch.setattr(indexing, "_CHUNK", 1)
-    monkeypatch.setattr(indexing, "_THREADS", 1)
+    monkeypatch.setattr(headers, "_CHUNK", 1)
+    monkeypatch.setattr(headers, "_THREADS", 1)
     counted = scan.read_header
 
     def interrupt(file, size):
@@ -91,9 +91,9 @@ def test_a_scan_that_was_interrupted_goes_on(make_folder, index_of, reads, monke
 
 def test_a_long_scan_is_kept_while_it_goes_on(make_folder, index_of, cache, monkeypatch):
     folder = make_folder(4)
-    monkeypatch.setattr(indexing, "_CHUNK", 1)
-    monkeypatch.setattr(indexing, "_THREADS", 1)
-    monkeypatch.setattr(indexing, "_KEEP_EVERY_S", 0)
+    monkeypatch.setattr(headers, "_CHUNK", 1)
+    monkeypatch.setattr(headers, "_THREADS", 1)
+    monkeypatch.setattr(headers, "_KEEP_EVERY_S", 0)
     store, heights = indexing.store_table, []
 
     def observe(path, table, notes):

@@ -36,18 +36,6 @@ ROUND_TRIPS = {
 }
 
 
-def test_positions_of_another_grid_are_another_network(tiny_config, tmp_path):
-    config = tiny_config("objective.norm_pix_loss=true")
-    ours = str(saved(random_objective(config), config, tmp_path / "ours.safetensors"))
-    export_weights(ours, str(tmp_path / "mae.pth"), "mae", image_size=(48, 48))
-    with pytest.raises(ConfigError, match=r"model.positions_grid=\[2, 2\]: .*mae.pth has \[4, 4\]"):
-        import_weights(
-            str(tmp_path / "mae.pth"),
-            str(tmp_path / "x.safetensors"),
-            overrides=["model.positions_grid=[2,2]"],
-        )
-
-
 def test_files_of_other_libraries_are_told_to_be_imported(tiny_config, tmp_path):
     torch.save(published(tiny_config()).state_dict(), tmp_path / "mae.pth")
     timm_file = str(tmp_path / "timm.safetensors")
