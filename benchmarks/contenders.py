@@ -21,6 +21,7 @@ from fastmim.masking import Mask, MaskSampler
 from fastmim.models.attention import choose_attention
 from fastmim.objectives import build_objective
 from fastmim.optim import parameter_groups
+from fastmim.precision import choose_precision
 from fastmim.ranks import Ranks
 
 OURS = "ours.safetensors"
@@ -95,12 +96,13 @@ def fastmim(problem: Problem) -> Step:
 
     config, ranks = problem.config, Ranks()
     start_distributed(ranks)
-    attention = choose_attention(config.train.attention, ranks.device.type, problem.precision)
+    precision = choose_precision(problem.precision, ranks.device)
+    attention = choose_attention(config.train.attention, ranks.device.type, precision)
     objective = build_objective(config, attention)
     if problem.weights is not None:
         objective.load_state_dict(read_weights(str(problem.weights / OURS)).tensors, strict=False)
     objective.compile_blocks()
-    engine = build_engine(config, objective, problem.precision, problem.batch)
+    engine = build_engine(config, objective, precision, problem.batch)
     epochs, positions = problem.places
     batch = SimpleNamespace(images=problem.images(), epochs=epochs, positions=positions)
 

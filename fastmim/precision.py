@@ -5,12 +5,16 @@ import logging
 import torch
 
 from fastmim.errors import ConfigError
+from fastmim.wide_products import widen_products
 
 logger = logging.getLogger("fastmim")
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """Resolve `train.precision`: auto is bf16 where the hardware computes it, else fp32. Emulated bf16 is warned of.
+    """Resolve `train.precision`: auto is bf16 where the hardware computes it, else fp32.
+
+    Where bf16 is asked for and a CPU has none, this process multiplies its matrices in float32 from then on; a GPU's
+    emulation is warned of.
 
     Raises:
         ConfigError: a format that the device does not compute.
@@ -26,7 +30,12 @@ def choose_precision(wanted: str, device: torch.device) -> str:
         raise ConfigError(
             f"train.precision='fp16': this {device.type} does not compute it; expected bf16 or fp32"
         )
-    if wanted == "bf16" and not has_bf16:
+    if wanted == "bf16" and not has_bf16 and device.type == "cpu":
+        widen_products()
+        logger.info(
+            "precision=bf16: this cpu has none and multiplies in float32, no faster than precision=fp32"
+        )
+    elif wanted == "bf16" and not has_bf16:
         logger.warning(
             "precision=bf16: this %s emulates it, more slowly than float32; auto takes what the hardware computes",
             device.type,

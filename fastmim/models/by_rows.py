@@ -2,12 +2,9 @@
 
 Some tokens go through norm, linears, GELU and residual addition, and then the next ones: what one operation writes is
 in the cache when another reads it. Results of norms and GELU are not kept for the backward pass, which computes them
-again. GELU's lie in the same memory from call to call: a heap that is asked for them between tensors that stay has a
-hole for each when they are freed, and glibc, which aligns a tensor within a larger block, fills none with one of the
-same size.
+again. GELU's lie in the same memory from call to call (`room.py`).
 """
 
-import threading
 from collections.abc import Callable
 
 import torch
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 
 from fastmim.kernels import _dispatch
 from fastmim.models.tracing import wants_plain_operators
+from fastmim.room import Room
 
 PART_BYTES = 12 * 2**20
 """Of the widest result at a time."""
@@ -246,22 +244,7 @@ class _WeightGradient:
         return None if self._sum is None else self._sum.to(self._dtype)
 
 
-class _Room(threading.local):
-    """Memory that calls share: no two results of one name are needed at a time."""
-
-    def __init__(self):
-        self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def take(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        """[rows, width], whose values are those of an earlier call."""
-        flat = self._flat.get((name, dtype))
-        if flat is None or flat.numel() < rows * width:
-            with torch.inference_mode(False):  # which would have it for itself
-                flat = self._flat[name, dtype] = torch.empty(rows * width, dtype=dtype, device="cpu")
-        return flat[: rows * width].view(rows, width)
-
-
-_room = _Room()
+_room = Room()
 
 
 def _gelu(hidden: Tensor) -> Tensor:

@@ -287,7 +287,7 @@ def test_transforms_and_tracers_see_plain_operators(attention):
 
 
 def test_a_default_device_changes_nothing(monkeypatch):
-    monkeypatch.setattr(by_rows, "_room", by_rows._Room())
+    monkeypatch.setattr(by_rows, "_room", by_rows.Room())
     norm, fc1, fc2, x = parts()
     with torch.device("meta"):
         found = norm_mlp(x, norm, fc1, fc2, add=True)
@@ -303,7 +303,7 @@ def test_of_no_rows_come_none():
 
 
 def test_training_goes_on_after_inference(monkeypatch):
-    monkeypatch.setattr(by_rows, "_room", by_rows._Room())
+    monkeypatch.setattr(by_rows, "_room", by_rows.Room())
     norm, fc1, fc2, x = parts()
     with torch.inference_mode():
         seen = norm_mlp(x, norm, fc1, fc2, add=True)

@@ -1,0 +1,25 @@
+"""Memory that calls share, of results that are not kept.
+
+A heap that is asked for them between tensors that stay has a hole for each when they are freed, and glibc, which aligns
+a tensor within a larger block, fills none with one of the same size.
+"""
+
+import threading
+
+import torch
+from torch import Tensor
+
+
+class Room(threading.local):
+    """One piece of memory for each name and dtype: no two results of one name are needed at a time."""
+
+    def __init__(self):
+        self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """[rows, width], whose values are those of an earlier call."""
+        flat = self._flat.get((name, dtype))
+        if flat is None or flat.numel() < rows * width:
+            with torch.inference_mode(False):  # which would have it for itself
+                flat = self._flat[name, dtype] = torch.empty(rows * width, dtype=dtype, device="cpu")
+        return flat[: rows * width].view(rows, width)
