@@ -1,4 +1,4 @@
-"""Memory that calls share, of results that are not kept.
+"""Equal parts of some rows, and memory that calls share for results of a part, which are not kept.
 
 A heap that is asked for them between tensors that stay has a hole for each when they are freed, and glibc, which aligns
 a tensor within a larger block, fills none with one of the same size.
@@ -23,3 +23,10 @@ class Room(threading.local):
             with torch.inference_mode(False):  # which would have it for itself
                 flat = self._flat[name, dtype] = torch.empty(rows * width, dtype=dtype, device="cpu")
         return flat[: rows * width].view(rows, width)
+
+
+def equal_parts(rows: int, row_bytes: int, most: int) -> list[slice]:
+    """Slices of equal length, of rows of `row_bytes`, no more than `most` bytes each; none of no rows."""
+    parts = max(1, -(-rows * row_bytes // most))
+    step = max(1, -(-rows // parts))
+    return [slice(start, start + step) for start in range(0, rows, step)]

@@ -1,6 +1,6 @@
 """Products of bf16 matrices on a CPU that has none: in float32, by kernels given to PyTorch's operators.
 
-Without AVX-512 PyTorch computes them in a plain loop, which takes 7 to 500 times as long as float32's products
+Without AVX-512 PyTorch computes them in a plain loop, which takes many times as long as float32's products
 (pytorch/pytorch#146508). Numbers of bf16 are numbers of float32 too, and hardware that multiplies bf16 sums in float32:
 results are the same but for the order of a sum. What is widened is a part at a time, in memory that calls share, and
 still in the cache when it is multiplied.
@@ -8,15 +8,16 @@ still in the cache when it is multiplied.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import Library, get_kernel
 
-from fastmim.room import Room
+from fastmim.room import Room, equal_parts
 
-PART_NUMBERS = 2**21
-"""Of a factor and a result at a time, in float32: 8 MiB."""
+PART_BYTES = 8 * 2**20
+"""Of a factor and a result at a time, in float32."""
 
 _room = Room()
 
@@ -24,6 +25,9 @@ _room = Room()
 @functools.cache
 def widen_products() -> Library:
     """Have this process multiply matrices of bf16 on the CPU in float32, whoever asks for it.
+
+    `torch.library.get_kernel` is meant for this: an operator's kernel that calls the one it stands in for. Convolutions
+    and PyTorch's fused attention are left as they are.
 
     Returns:
         What keeps the kernels in their place.
@@ -35,7 +39,14 @@ def widen_products() -> Library:
     return library
 
 
-def _call(kernel: Callable[..., Tensor], given, keys, *tensors: Tensor, out: Tensor | None = None, **scales):
+def _call(
+    kernel: Callable[..., Tensor],
+    given: Any,
+    keys: torch._C.DispatchKeySet,
+    *tensors: Tensor,
+    out: Tensor | None = None,
+    **scales: float,
+) -> Tensor:
     """Our kernel for bf16, and for anything else the one that PyTorch had."""
     if all(x.dtype == torch.bfloat16 for x in tensors):
         return kernel(*tensors, out=out, **scales)
@@ -120,7 +131,5 @@ def _write(product: Tensor, base: Tensor | None, beta: float, alpha: float, out:
 
 
 def _parts(rows: int, width: int) -> list[slice]:
-    """Equal parts of rows, `width` numbers each, of no more than `PART_NUMBERS`."""
-    parts = max(1, -(-rows * width // PART_NUMBERS))
-    step = max(1, -(-rows // parts))
-    return [slice(start, start + step) for start in range(0, rows, step)]
+    """Of rows of `width` numbers, those of a factor and those of a result."""
+    return equal_parts(rows, 4 * width, PART_BYTES)

@@ -237,9 +237,8 @@ def test_a_checkpoint_that_cannot_be_written_is_told_in_one_line(recipe, ranks):
         timeout=300,
         check=False,
     )
-    assert (
-        done.returncode == 3 if ranks == 1 else done.returncode
-    )  # another rank may end first, of its lost peer
+    # Of two ranks the other one may end first, by the loss of its peer.
+    assert done.returncode == 3 or (ranks == 2 and done.returncode)
     told = [line for line in done.stderr.splitlines() if line.startswith("launch.py: ")]
     assert told and all(
         f"the checkpoint of step 4 cannot be written below full{ranks} (" in line for line in told

@@ -12,7 +12,7 @@ torch.manual_seed(0)
 @pytest.fixture(autouse=True)
 def widened(monkeypatch):
     """Our kernels, a few numbers at a time, for one test."""
-    monkeypatch.setattr(wide_products, "PART_NUMBERS", 64)
+    monkeypatch.setattr(wide_products, "PART_BYTES", 256)
     library = wide_products.widen_products()
     yield
     library._destroy()
@@ -32,6 +32,29 @@ def assert_is(result: torch.Tensor, wanted: torch.Tensor):
     """Rounded once: within half a unit of bf16's 8 bits, and an error of the order of a sum in float32."""
     assert result.dtype == torch.bfloat16 and result.shape == wanted.shape
     torch.testing.assert_close(result.double(), wanted, rtol=2**-8, atol=1e-5)
+
+
+PRODUCTS = {
+    "mm": lambda **into: torch.mm(bf16(3, 4), bf16(4, 5), **into),
+    "addmm": lambda **into: torch.addmm(bf16(5), bf16(3, 4), bf16(4, 5), **into),
+    "bmm": lambda **into: torch.bmm(bf16(2, 3, 4), bf16(2, 4, 5), **into),
+    "baddbmm": lambda **into: torch.baddbmm(bf16(2, 3, 5), bf16(2, 3, 4), bf16(2, 4, 5), **into),
+}
+
+
+@pytest.mark.parametrize("into", [False, True])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_each_operator_asks_for_products_in_float32(name, into):
+    def products_within() -> int:
+        options = {"out": torch.empty_like(PRODUCTS[name]())} if into else {}
+        with torch.profiler.profile() as profiler:
+            PRODUCTS[name](**options)
+        names = [event.name for event in profiler.events()]
+        return sum(names.count(f"aten::{each}") for each in PRODUCTS) - 1
+
+    assert products_within() >= 1
+    wide_products.widen_products()._destroy()
+    assert products_within() == 0
 
 
 @pytest.mark.parametrize("make_a", [bf16, transposed])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastmim.kernels import _dispatch
 from fastmim.models.tracing import wants_plain_operators
-from fastmim.room import Room
+from fastmim.room import Room, equal_parts
 
 PART_BYTES = 12 * 2**20
 """Of the widest result at a time."""
@@ -271,7 +271,5 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _parts(rows: Tensor, width: int) -> list[slice]:
-    """Equal parts, of whose rows `width` numbers each are no more than `PART_BYTES`; none of no rows."""
-    parts = max(1, -(-len(rows) * width * rows.element_size() // PART_BYTES))
-    step = max(1, -(-len(rows) // parts))
-    return [slice(start, start + step) for start in range(0, len(rows), step)]
+    """Of rows for which `width` numbers each are the widest result."""
+    return equal_parts(len(rows), width * rows.element_size(), PART_BYTES)
