@@ -71,6 +71,7 @@ def measure_pass(
             "copy_percent": 100 * speed / copy_bandwidth,
             "times_fused": harness.ratio(seconds, samples["fused"]),
             **({"host_us": host[key]} if host else {}),
+            "samples": seconds,
         }
     return measured
 
@@ -177,7 +178,7 @@ def print_measured(table: list[dict]) -> None:
     lines = []
     for row in table:
         for contender, time in row.get("measured", {}).items():
-            cells = [f"{value:.1f}" for value in time.values()]
+            cells = [f"{value:.1f}" for key, value in time.items() if key != "samples"]
             lines.append([*(row[name] for name in names), contender, *cells])
     print_table("Measured:", header, lines)
 

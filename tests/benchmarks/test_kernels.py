@@ -141,6 +141,7 @@ def test_what_is_timed_on_a_gpu_runs(name, which):
     assert measured.keys() == {"fused", "eager", "compiled"}
     for times in measured.values():
         assert times["p20_us"] <= times["median_us"] <= times["p80_us"]
+        assert len(times["samples"]) == 2 and times["median_us"] == pytest.approx(5e5 * sum(times["samples"]))
         assert times["copy_percent"] == pytest.approx(100 * times["gb_per_s"])
 
 
