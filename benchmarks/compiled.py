@@ -26,6 +26,7 @@ TARGETS = {
 POINTERS = {
     torch.bool: "*i1",
     torch.uint8: "*u8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.float16: "*fp16",

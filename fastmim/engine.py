@@ -118,6 +118,9 @@ def build_engine(
     else:
         optimizer = torch.optim.AdamW(groups, fused=True, **options)
     engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=completed)[0]
+    if stage == 0:
+        # DeepSpeed's goes through the names of every module, 1.5 ms of the host in a step of ViT-L.
+        engine.zero_grad = optimizer.zero_grad
     if stage == 0 and alone:
         engine.enable_backward_allreduce = False
     return engine

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from fastmim.errors import CheckpointError
+from fastmim.kernels import _dispatch
+from fastmim.kernels.adamw_halves import adamw_factors, adamw_halves
 
 CHUNKS = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Numbers that are updated at once: what a CPU's cache holds, what keeps a GPU busy."""
@@ -88,6 +90,10 @@ class _Chunk:
         torch._foreach_copy_(part.split(self.sizes), [piece.of(tensors) for piece in self.pieces])
         return part
 
+    def empty(self, part: Tensor, tensors: list[Tensor]) -> None:
+        """Copy what `fill` gave back into the tensors that it came from."""
+        torch._foreach_copy_([piece.of(tensors) for piece in self.pieces], part.split(self.sizes))
+
 
 @dataclass(frozen=True)
 class _Tensors:
@@ -102,8 +108,8 @@ class SplitAdamW(torch.optim.Optimizer):
     """AdamW on bfloat16 parameters, computed in float32; a gradient that is not finite changes nothing.
 
     The arithmetic is that of `torch.optim.AdamW` on float32 copies, decided on the device. Kept are 12 bytes a number,
-    its parameter included. A step goes through the numbers in chunks, and only a chunk's are float32. Steps are counted
-    for all parameters at once; those without a gradient are left as they are.
+    its parameter included. A step goes through the numbers in chunks, and only a chunk's are float32; on CUDA none are
+    outside of registers. Steps are counted for all parameters at once; those without a gradient are left as they are.
 
     Args:
         params: parameter groups, of contiguous bfloat16 parameters on one device.
@@ -130,6 +136,7 @@ class SplitAdamW(torch.optim.Optimizer):
     ):
         super().__init__(params, {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, **options})
         self.clip_grad = clip_grad
+        self._gradients = torch.float32 if sum_in_float32 else torch.bfloat16
         self.masters: dict[Tensor, Master] = {}
         self._gradient_sums: dict[Tensor, Tensor] = {}
         self.flats = [self._lay_out(group["params"]) for group in self.param_groups]
@@ -169,18 +176,18 @@ class SplitAdamW(torch.optim.Optimizer):
         """Update the parameters, unless a gradient is infinite or not a number; gradients are used up."""
         room = torch.empty(2, self._chunk, device=self._step.device)
         work = [self._gather(group, flat) for group, flat in zip(self.param_groups, self.flats, strict=True)]
-        # Converted part by part, in the cache: in bfloat16 the norm itself would be rounded.
-        norms = [
-            torch.linalg.vector_norm(chunk.fill(room[0], tensors.gradients))
-            for tensors in work
-            for chunk in tensors.chunks
-        ]
-        self.grad_norm = torch.linalg.vector_norm(torch.stack(norms))
+        self.grad_norm = torch.linalg.vector_norm(torch.stack(self._norms(work, room[0])))
         self.found_inf = (~self.grad_norm.isfinite()).float()
         self._step += 1 - self.found_inf
+        scale = 1.0
+        if self.clip_grad is not None:
+            scale = (self.clip_grad / (self.grad_norm + 1e-6)).clamp(max=1)
         for group, flat, tensors in zip(self.param_groups, self.flats, work, strict=True):
+            if _dispatch.use_triton(room):
+                self._launch(group, flat, tensors, room, scale)
+                continue
             for chunk in tensors.chunks:
-                self._update(group, flat, tensors, chunk, room)
+                self._update(group, flat, tensors, chunk, room, scale)
         for parameter in self.masters:
             parameter.grad = None
 
@@ -194,7 +201,47 @@ class SplitAdamW(torch.optim.Optimizer):
             chunks=_chunks(sizes, tuple(parameter.numel() for parameter in parameters), self._chunk),
         )
 
-    def _update(self, group: dict, flat: Flat, tensors: _Tensors, chunk: _Chunk, room: Tensor) -> None:
+    def _norms(self, work: list[_Tensors], room: Tensor) -> list[Tensor]:
+        """Of parts of the gradient, float32: in bfloat16 the norm itself would be rounded."""
+        if room.is_cuda:
+            found = [gradient for tensors in work for gradient in tensors.gradients if gradient is not None]
+            return list(torch._foreach_norm(found, dtype=torch.float32))
+        # Converted part by part, in the cache.
+        return [
+            torch.linalg.vector_norm(chunk.fill(room, tensors.gradients))
+            for tensors in work
+            for chunk in tensors.chunks
+        ]
+
+    def _launch(
+        self, group: dict, flat: Flat, tensors: _Tensors, room: Tensor, scale: Tensor | float
+    ) -> None:
+        """All chunks of a group: sixteen-bit copies that lie one behind the other, and a kernel that does the rest."""
+        factors = adamw_factors(self._step, 1 - self.found_inf, scale, group["lr"], group["betas"])
+        beta1, beta2 = group["betas"]
+        for chunk in tensors.chunks:
+            low = chunk.fill(room[0].view(torch.int16), tensors.lows)
+            kept = slice(chunk.begin, chunk.begin + len(low))
+            adamw_halves(
+                *(low, flat.rest[kept], flat.exp_avg[kept], flat.exp_avg_sq[kept]),
+                chunk.fill(room[1].view(self._gradients), tensors.gradients),
+                factors,
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                keep=1 - group["lr"] * group["weight_decay"],
+            )
+            chunk.empty(low, tensors.lows)
+
+    def _update(
+        self,
+        group: dict,
+        flat: Flat,
+        tensors: _Tensors,
+        chunk: _Chunk,
+        room: Tensor,
+        scale: Tensor | float,
+    ) -> None:
         """One chunk: join, AdamW, split."""
         bits = chunk.fill(room[0].view(torch.int32), tensors.lows)
         kept = slice(chunk.begin, chunk.begin + len(bits))
@@ -202,7 +249,7 @@ class SplitAdamW(torch.optim.Optimizer):
         torch.add(scratch.copy_(flat.rest[kept]), bits, alpha=1 << 16, out=bits)
         gradient = chunk.fill(room[1], tensors.gradients)
         if self.clip_grad is not None:
-            gradient *= (self.clip_grad / (self.grad_norm + 1e-6)).clamp(max=1)
+            gradient *= scale
         beta1, beta2 = group["betas"]
         torch._fused_adamw_(
             [bits.view(torch.float32)],
@@ -222,7 +269,7 @@ class SplitAdamW(torch.optim.Optimizer):
         )
         flat.rest[kept].copy_(bits)
         bits.add_(1 << 15).bitwise_right_shift_(16)
-        torch._foreach_copy_([piece.of(tensors.lows) for piece in chunk.pieces], bits.split(chunk.sizes))
+        chunk.empty(bits, tensors.lows)
 
     def state_dict(self) -> dict:
         """What is kept beside the parameters, which are the other half of their masters."""

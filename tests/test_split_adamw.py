@@ -5,16 +5,35 @@ import math
 
 import pytest
 import torch
+from fastmim.kernels import _dispatch
+from fastmim.kernels.adamw_halves import _adamw_halves_kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from benchmarks.compiled import Launch, compile_to_sass, opcodes
 from fastmim import split_adamw
 from fastmim.errors import CheckpointError
 from fastmim.split_adamw import SplitAdamW, join, split
 
 SHAPES = [(5, 3), (40,), (7,)]
 DECAYS = [0.1, 0.1, 0.0]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@pytest.fixture(params=["reference", "interpret", pytest.param("cuda", marks=pytest.mark.gpu)])
+def path(request, monkeypatch):
+    """Plain PyTorch and the interpreted kernel, on the CPU; the compiled one on a GPU, where tensors then are."""
+    monkeypatch.setattr(_dispatch, "MODE", "auto" if request.param == "cuda" else request.param)
+    if request.param == "cuda":
+        torch.set_default_device("cuda")
+    yield request.param
+    torch.set_default_device(None)
+
+
+def set_chunk(monkeypatch, numbers):
+    for device in split_adamw.CHUNKS:
+        monkeypatch.setitem(split_adamw.CHUNKS, device, numbers)
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1))
@@ -64,8 +83,8 @@ def norm_of(gradients):
 
 @pytest.mark.parametrize("chunk", [4, 16, 1 << 10])
 @pytest.mark.parametrize("clip", [None, 2.0])
-def test_steps_are_those_of_float32(monkeypatch, chunk, clip):
-    monkeypatch.setitem(split_adamw.CHUNKS, "cpu", chunk)
+def test_steps_are_those_of_float32(path, monkeypatch, chunk, clip):
+    set_chunk(monkeypatch, chunk)
     parameters, optimizer, gradients = problem(20, clip_grad=clip)
     starts = [parameter.detach().clone() for parameter in parameters]
     take_steps(parameters, optimizer, gradients)
@@ -83,8 +102,8 @@ def test_steps_are_those_of_float32(monkeypatch, chunk, clip):
 
 
 @pytest.mark.parametrize("chunk", [4, 1 << 10])
-def test_a_parameter_without_a_gradient_stays(monkeypatch, chunk):
-    monkeypatch.setitem(split_adamw.CHUNKS, "cpu", chunk)
+def test_a_parameter_without_a_gradient_stays(path, monkeypatch, chunk):
+    set_chunk(monkeypatch, chunk)
     parameters, optimizer, gradients = problem(3)
     start = parameters[0].detach().clone()
     take_steps(parameters, optimizer, [[None, *step[1:]] for step in gradients])
@@ -95,7 +114,7 @@ def test_a_parameter_without_a_gradient_stays(monkeypatch, chunk):
     )
 
 
-def test_what_is_stored_goes_on_the_same_and_bad_steps_change_nothing():
+def test_what_is_stored_goes_on_the_same_and_bad_steps_change_nothing(path):
     parameters, optimizer, gradients = problem(6)
     take_steps(parameters, optimizer, gradients[:3])
     stored = copy.deepcopy(optimizer.state_dict())
@@ -115,7 +134,7 @@ def test_what_is_stored_goes_on_the_same_and_bad_steps_change_nothing():
         assert torch.equal(optimizer.masters[parameter].detach(), resumed.masters[other].detach())
 
 
-def test_gradients_of_several_passes_are_summed_in_float32():
+def test_gradients_of_several_passes_are_summed_in_float32(path):
     parameter = nn.Parameter(torch.zeros(3).bfloat16())
     optimizer = SplitAdamW([{"params": [parameter]}], lr=0.0, sum_in_float32=True)
     # Beside 256, bf16 has no 257.
@@ -127,6 +146,43 @@ def test_gradients_of_several_passes_are_summed_in_float32():
     (parameter * 2).sum().backward()
     optimizer.step()
     assert optimizer.grad_norm.item() == pytest.approx(2 * 3**0.5)
+
+
+def test_the_kernel_computes_what_plain_pytorch_does(monkeypatch):
+    """In the units of the last place: a number's halves, both moments, and a clipped gradient."""
+    found = {}
+    for mode in ("reference", "interpret"):
+        monkeypatch.setattr(_dispatch, "MODE", mode)
+        parameters, optimizer, gradients = problem(5, clip_grad=1.0)
+        take_steps(parameters, optimizer, gradients)
+        masters = [optimizer.masters[parameter].detach() for parameter in parameters]
+        found[mode] = [*masters, *(getattr(flat, name) for flat in optimizer.flats for name in MOMENTS)]
+    for plain, fused in zip(*found.values(), strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("summed", [False, True])
+def test_the_kernel_does_not_spill_and_reads_128_bits(monkeypatch, capability, summed):
+    launches = []
+    monkeypatch.setattr(_dispatch, "MODE", "interpret")
+    monkeypatch.setattr(
+        _dispatch,
+        "launch",
+        lambda function, grid, *args, **constants: launches.append(
+            Launch(function, args, {"num_warps": 4}, constants)
+        ),
+    )
+    parameter = nn.Parameter(torch.zeros(64, 64).bfloat16())
+    optimizer = SplitAdamW([{"params": [parameter]}], lr=1.0, sum_in_float32=summed)
+    (parameter * 2).sum().backward()
+    optimizer.step()
+    (launch,) = launches
+    assert launch.function is _adamw_halves_kernel
+    sass = compile_to_sass(launch, capability)
+    assert not opcodes(sass, "STL") and not opcodes(sass, "LDL")
+    for kind, count in (("LDG", 5), ("STG", 4)):
+        assert sum(name.endswith(".128") for name in opcodes(sass, kind)) >= count
 
 
 @pytest.mark.parametrize(
