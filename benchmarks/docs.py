@@ -45,9 +45,9 @@ def collect(results: Path) -> dict[str, str]:
 def origin(stored: dict) -> str:
     """Where rows come from, in a line."""
     machine = stored["machine"]
-    facts = [
-        f"{machine['device']}, {machine['cores']} cores, torch {machine['torch']}, commit {machine['commit']}"
-    ]
+    cores, threads = machine["cores"], machine.get("threads")
+    used = f"{cores} cores" if threads in (None, cores) else f"{threads} threads of {cores} cores"
+    facts = [f"{machine['device']}, {used}, torch {machine['torch']}, commit {machine['commit']}"]
     hidden = ("json", "plot")
     facts += [f"{name}={value}" for name, value in stored["arguments"].items() if name not in hidden]
     return f"<sub>{'; '.join(facts)}</sub>"

@@ -40,6 +40,8 @@ PAPER = {("large", VISIBLE): 2.8, ("large", SHALLOW): 3.7, ("huge", VISIBLE): 3.
 """Speed-ups of MAE's Table 2: 800 epochs on 128 TPU-v3 cores."""
 BATCHES = {"base": 16, "large": 16, "huge": 8}
 """Images in a step; `fastmim.memory` predicts up to 11 GB for the costliest variant."""
+CUDA_BATCHES = {"base": 512, "large": 256, "huge": 128}
+"""The same where fewer would leave the device waiting for the host: `fastmim.memory` predicts up to 57 GB."""
 MAIN_RATIO = 0.75
 TARGET = 0.95
 """Speed-up over FLOP ratio that is aimed at for ViT-B and ViT-L."""
@@ -54,6 +56,11 @@ def configure(size: str, ratio: float, batch: int, overrides: list[str]) -> Conf
     patches = recipes.override([*words, *overrides]).grid
     least = 0.5 / (patches[0] * patches[1])
     return recipes.override([*words, f"mask.ratio={max(ratio, least)}", *overrides])
+
+
+def batch_of(size: str, args: argparse.Namespace) -> int:
+    """Images in a step of a size: what was asked for, or as many as suit the device."""
+    return args.batch or (CUDA_BATCHES if Ranks().device.type == "cuda" else BATCHES)[size]
 
 
 def configs_of(size: str, ratio: float, batch: int, overrides: list[str]) -> dict[str, Config]:
@@ -112,7 +119,7 @@ def measure(
     size: str, ratio: float, args: argparse.Namespace, rate: report.PeakRate, rounds: int
 ) -> list[dict]:
     """The rows of a size and mask ratio, from so many turns of each."""
-    batch = args.batch or BATCHES[size]
+    batch = batch_of(size, args)
     turns: dict[str, list[list[float]]] = {name: [] for name in VARIANTS}
     memory = dict.fromkeys(VARIANTS, 0)
     problems, flops = {}, {}
@@ -213,7 +220,9 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default=[0, 0.25, 0.5, 0.75, 0.9],
         help="of the curve; none: no curve",
     )
-    parser.add_argument("--batch", type=int, help=f"images in a step (default {BATCHES})")
+    parser.add_argument(
+        "--batch", type=int, help=f"images in a step (default {BATCHES}; on CUDA {CUDA_BATCHES})"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="turns of each (default 3)")
     parser.add_argument(
         "--curve-rounds", type=int, default=1, help="at other ratios than the paper's (default 1)"
@@ -248,8 +257,8 @@ def main(arguments: list[str] | None = None) -> None:
     for size, ratio, rounds in jobs:
         print(f"{size}, {ratio:.0%} removed ...", file=sys.stderr, flush=True)
         if size not in same:
-            batch = args.batch or BATCHES[size]
-            same[size] = report.in_child(losses_alike, configs_of(size, MAIN_RATIO, batch, args.set))
+            configs = configs_of(size, MAIN_RATIO, batch_of(size, args), args.set)
+            same[size] = report.in_child(losses_alike, configs)
             for losses in same[size]:
                 report.require_same(losses, TOLERANCE)
         rows += measure(size, ratio, args, rate, rounds)

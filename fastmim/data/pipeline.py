@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
+from fastmim import nvjpeg
 from fastmim.config import DataConfig
 from fastmim.data.index import Index
 
@@ -45,6 +46,24 @@ def image_pipeline(
     Returns:
         A built pipeline whose inputs `decoder.SampleReader.inputs` makes.
     """
+    build = functools.partial(_build, index, config, batch_size, threads, prefetch, crops, device_id)
+    pipeline = build(interpolate=True)  # which loads nvJPEG
+    if device_id is None or nvjpeg.interpolates_windows():
+        return pipeline
+    return build(interpolate=False)
+
+
+def _build(
+    index: Index,
+    config: DataConfig,
+    batch_size: int,
+    threads: int,
+    prefetch: int,
+    crops: int,
+    device_id: int | None,
+    interpolate: bool,
+) -> Pipeline:
+    """`image_pipeline`, whose decoder interpolates chroma or repeats it."""
     pipeline = Pipeline(
         batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=prefetch
     )
@@ -71,7 +90,7 @@ def image_pipeline(
                 device="cpu" if device_id is None else "mixed",
                 output_type=_PIXELS.get(config.channels, types.ANY_DATA),
                 # The GPU's decoder else repeats chroma where the CPU's interpolates.
-                jpeg_fancy_upsampling=True,
+                jpeg_fancy_upsampling=interpolate,
                 **window,
             )
         stored = npy_channels(index)
