@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
-from fastmim.kernels import _dispatch, add_layer_norm, bias_gelu, gather_tokens
+from fastmim.kernels import _dispatch, add_layer_norm, gather_tokens
 from fastmim.models.attention import Attention
 from fastmim.models.by_rows import add_linear, norm_linear, norm_mlp, runs_by_rows, stands_for
 from fastmim.models.recompute import recompute
@@ -42,18 +42,7 @@ class AddLayerNorm(nn.LayerNorm):
         return super().forward(x), x
 
 
-@stands_for()
-class LinearGELU(nn.Linear):
-    """A linear, with Linear's parameters, and the exact GELU after it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """GELU(x W^T + b)."""
-        if kernels_run(x):
-            return bias_gelu(F.linear(x, self.weight), self.bias)
-        return F.gelu(super().forward(x))
-
-
-@stands_for(LinearGELU, nn.Linear)
+@stands_for(nn.Linear, nn.Linear)
 class MLP(nn.Module):
     """timm's two-layer MLP, with its parameter names; dropout and a norm are options it does not have.
 
@@ -68,12 +57,12 @@ class MLP(nn.Module):
         assert timm_options.pop("act_layer") is nn.GELU and timm_options.pop("bias")
         active = [name for name, value in timm_options.items() if value]
         assert not active, f"options that this MLP does not have: {active}"
-        self.fc1 = LinearGELU(in_features, hidden_features)
+        self.fc1 = nn.Linear(in_features, hidden_features)
         self.fc2 = nn.Linear(hidden_features, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, D] -> [B, N, D]."""
-        return self.fc2(self.fc1(x))
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 def _summed(x: Tensor, branch: Tensor | None) -> Tensor:

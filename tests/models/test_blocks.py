@@ -89,8 +89,6 @@ def test_with_kernels_they_are_timms_within_float32(launched, checkpointing):
     norms, times = (3, 2) if checkpointing else (5, 1)
     assert launched.count("_add_layer_norm_forward_kernel") == norms * times
     assert launched.count("_add_layer_norm_backward_kernel") == norms
-    assert launched.count("_bias_gelu_forward_kernel") == 3 * times
-    assert launched.count("_bias_gelu_backward_kernel") == 3
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
