@@ -41,7 +41,7 @@ PAPER = {("large", VISIBLE): 2.8, ("large", SHALLOW): 3.7, ("huge", VISIBLE): 3.
 BATCHES = {"base": 16, "large": 16, "huge": 8}
 """Images in a step; `fastmim.memory` predicts up to 11 GB for the costliest variant."""
 CUDA_BATCHES = {"base": 512, "large": 256, "huge": 128}
-"""The same where fewer would leave the device waiting for the host: `fastmim.memory` predicts up to 57 GB."""
+"""The same where fewer would leave the device waiting for the host: `fastmim.memory` predicts up to 57 GB in bf16."""
 MAIN_RATIO = 0.75
 TARGET = 0.95
 """Speed-up over FLOP ratio that is aimed at for ViT-B and ViT-L."""

@@ -105,7 +105,8 @@ def predict_memory(
     # One rank sums the gradients of several backward passes in float32.
     summed = split and world_size == 1 and config.optim.accumulation > 1
     if split:
-        update = 8 * min(count, CHUNKS["cpu" if on_cpu else "cuda"])
+        # Two float32 numbers, or a gradient and the 16 bits of a parameter.
+        update = (8 if on_cpu else 6 if summed else 4) * min(count, CHUNKS["cpu" if on_cpu else "cuda"])
     else:
         update = 0 if offloads or precision == "fp32" else 4 * count // shards
     average = 4 * count // shards if config.train.ema_decay and not offloads else 0

@@ -1,8 +1,9 @@
 """nvJPEG, by which DALI decodes on GPUs: several may be installed, and the first that a process loads is everybody's.
 
 torchvision brings one of its own, which is older than the one that comes with DALI, and both call themselves
-libnvjpeg.so.13: whoever asks for that name is given the one that is there already. Before version 13.2 it does not
-decode a window of an image with interpolated chroma, and DALI then decodes on the CPU.
+libnvjpeg.so.13: whoever asks for that name is given the one that is there already. One before version 13.2 may get a
+pixel at the edge of a window wrong where chroma is interpolated, so that nvImageCodec, which DALI decodes by, leaves
+such windows to the CPU.
 """
 
 import contextlib
@@ -10,12 +11,10 @@ import ctypes
 import functools
 import importlib.util
 import logging
-import os
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("libnvjpeg.so.13", "libnvjpeg.so.12")
 _WITH_WINDOWS = 13, 2
 
 
@@ -23,27 +22,31 @@ def load_packaged() -> None:
     """Load the one of NVIDIA's packages, where it is installed; to be called before torchvision is imported."""
     found = importlib.util.find_spec("nvidia")
     for folder in (found and found.submodule_search_locations) or ():
-        for path in (path for name in NAMES for path in Path(folder).glob(f"*/lib/{name}")):
+        for path in Path(folder).glob("*/lib/libnvjpeg.so.*"):
             with contextlib.suppress(OSError):  # `interpolates_windows` tells what came of it
                 ctypes.CDLL(str(path))
 
 
-def loaded_version() -> tuple[int, int] | None:
-    """Major and minor version of the one that this process has loaded, if it has."""
-    for name in NAMES:
-        with contextlib.suppress(OSError):
-            library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
-            numbers = ctypes.c_int(), ctypes.c_int()
-            for place, number in enumerate(numbers):
-                library.nvjpegGetProperty(place, ctypes.byref(number))
-            return numbers[0].value, numbers[1].value
-    return None
+def found_version(cuda: int) -> tuple[int, int] | None:
+    """Major and minor version of the one that a build for this major version of CUDA gets, if there is one."""
+    try:
+        library = ctypes.CDLL(f"libnvjpeg.so.{cuda}")
+    except OSError:
+        return None
+    numbers = ctypes.c_int(), ctypes.c_int()
+    for place, number in enumerate(numbers):
+        library.nvjpegGetProperty(place, ctypes.byref(number))
+    return numbers[0].value, numbers[1].value
 
 
 @functools.cache
-def interpolates_windows() -> bool:
-    """Whether the loaded one decodes windows with interpolated chroma; if not, a warning says so once."""
-    version = loaded_version()
+def interpolates_windows(cuda: int) -> bool:
+    """Whether GPUs decode windows with interpolated chroma; if not, a warning says so once.
+
+    Args:
+        cuda: the major version that DALI is built for.
+    """
+    version = found_version(cuda)
     if version is None or version >= _WITH_WINDOWS:
         return True
     logger.warning(

@@ -108,8 +108,8 @@ class SplitAdamW(torch.optim.Optimizer):
     """AdamW on bfloat16 parameters, computed in float32; a gradient that is not finite changes nothing.
 
     The arithmetic is that of `torch.optim.AdamW` on float32 copies, decided on the device. Kept are 12 bytes a number,
-    its parameter included. A step goes through the numbers in chunks, and only a chunk's are float32; on CUDA none are
-    outside of registers. Steps are counted for all parameters at once; those without a gradient are left as they are.
+    its parameter included. A step goes through the numbers in chunks, whose halves are joined in memory, or by a kernel
+    in registers. Steps are counted for all parameters at once; those without a gradient are left as they are.
 
     Args:
         params: parameter groups, of contiguous bfloat16 parameters on one device.
@@ -174,20 +174,15 @@ class SplitAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update the parameters, unless a gradient is infinite or not a number; gradients are used up."""
-        room = torch.empty(2, self._chunk, device=self._step.device)
         work = [self._gather(group, flat) for group, flat in zip(self.param_groups, self.flats, strict=True)]
-        self.grad_norm = torch.linalg.vector_norm(torch.stack(self._norms(work, room[0])))
+        self.grad_norm = torch.linalg.vector_norm(torch.stack(self._norms(work)))
         self.found_inf = (~self.grad_norm.isfinite()).float()
         self._step += 1 - self.found_inf
         scale = 1.0
         if self.clip_grad is not None:
             scale = (self.clip_grad / (self.grad_norm + 1e-6)).clamp(max=1)
-        for group, flat, tensors in zip(self.param_groups, self.flats, work, strict=True):
-            if _dispatch.use_triton(room):
-                self._launch(group, flat, tensors, room, scale)
-                continue
-            for chunk in tensors.chunks:
-                self._update(group, flat, tensors, chunk, room, scale)
+        update = self._launch if _dispatch.use_triton(self._step) else self._update
+        update(list(zip(self.param_groups, self.flats, work, strict=True)), scale)
         for parameter in self.masters:
             parameter.grad = None
 
@@ -201,39 +196,49 @@ class SplitAdamW(torch.optim.Optimizer):
             chunks=_chunks(sizes, tuple(parameter.numel() for parameter in parameters), self._chunk),
         )
 
-    def _norms(self, work: list[_Tensors], room: Tensor) -> list[Tensor]:
+    def _norms(self, work: list[_Tensors]) -> list[Tensor]:
         """Of parts of the gradient, float32: in bfloat16 the norm itself would be rounded."""
-        if room.is_cuda:
+        if self._step.is_cuda:
             found = [gradient for tensors in work for gradient in tensors.gradients if gradient is not None]
             return list(torch._foreach_norm(found, dtype=torch.float32))
         # Converted part by part, in the cache.
+        room = torch.empty(self._chunk)
         return [
             torch.linalg.vector_norm(chunk.fill(room, tensors.gradients))
             for tensors in work
             for chunk in tensors.chunks
         ]
 
-    def _launch(
-        self, group: dict, flat: Flat, tensors: _Tensors, room: Tensor, scale: Tensor | float
-    ) -> None:
-        """All chunks of a group: sixteen-bit copies that lie one behind the other, and a kernel that does the rest."""
-        factors = adamw_factors(self._step, 1 - self.found_inf, scale, group["lr"], group["betas"])
-        beta1, beta2 = group["betas"]
-        for chunk in tensors.chunks:
-            low = chunk.fill(room[0].view(torch.int16), tensors.lows)
-            kept = slice(chunk.begin, chunk.begin + len(low))
-            adamw_halves(
-                *(low, flat.rest[kept], flat.exp_avg[kept], flat.exp_avg_sq[kept]),
-                chunk.fill(room[1].view(self._gradients), tensors.gradients),
-                factors,
-                beta1=beta1,
-                beta2=beta2,
-                eps=group["eps"],
-                keep=1 - group["lr"] * group["weight_decay"],
-            )
-            chunk.empty(low, tensors.lows)
+    def _launch(self, groups: list[tuple[dict, Flat, _Tensors]], scale: Tensor | float) -> None:
+        """All chunks: copies that lie one behind the other, of the parameters' bits too, and a kernel for the rest."""
+        room, lows = (
+            torch.empty(self._chunk, dtype=dtype, device=self._step.device)
+            for dtype in (self._gradients, torch.int16)
+        )
+        factors = functools.cache(functools.partial(adamw_factors, self._step, 1 - self.found_inf, scale))
+        for group, flat, tensors in groups:
+            lr, betas = group["lr"], tuple(group["betas"])
+            for chunk in tensors.chunks:
+                low = chunk.fill(lows, tensors.lows)
+                kept = slice(chunk.begin, chunk.begin + len(low))
+                adamw_halves(
+                    *(low, flat.rest[kept], flat.exp_avg[kept], flat.exp_avg_sq[kept]),
+                    chunk.fill(room, tensors.gradients),
+                    factors(lr, betas),
+                    betas,
+                    group["eps"],
+                    lr * group["weight_decay"],
+                )
+                chunk.empty(low, tensors.lows)
 
-    def _update(
+    def _update(self, groups: list[tuple[dict, Flat, _Tensors]], scale: Tensor | float) -> None:
+        """All chunks by plain PyTorch."""
+        room = torch.empty(2, self._chunk, device=self._step.device)
+        for group, flat, tensors in groups:
+            for chunk in tensors.chunks:
+                self._update_chunk(group, flat, tensors, chunk, room, scale)
+
+    def _update_chunk(
         self,
         group: dict,
         flat: Flat,
@@ -242,7 +247,7 @@ class SplitAdamW(torch.optim.Optimizer):
         room: Tensor,
         scale: Tensor | float,
     ) -> None:
-        """One chunk: join, AdamW, split."""
+        """Join, AdamW, split."""
         bits = chunk.fill(room[0].view(torch.int32), tensors.lows)
         kept = slice(chunk.begin, chunk.begin + len(bits))
         scratch = room[1, : len(bits)].view(torch.int32)

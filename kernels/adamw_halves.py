@@ -13,7 +13,7 @@ _BLOCK = 1024
 
 @kernel
 def _adamw_halves_kernel(
-    low, rest, exp_avg, exp_avg_sq, gradient, factors, beta1, beta2, eps, keep, count, BLOCK: tl.constexpr
+    low, rest, exp_avg, exp_avg_sq, gradient, factors, rate1, rate2, eps, decay, count, BLOCK: tl.constexpr
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     # A step that must not happen reads and writes nothing.
@@ -23,12 +23,13 @@ def _adamw_halves_kernel(
     slope = tl.load(gradient + at, mask=valid, other=0.0).to(tl.float32) * tl.load(factors + 2)
     mean = tl.load(exp_avg + at, mask=valid, other=0.0)
     square = tl.load(exp_avg_sq + at, mask=valid, other=0.0)
-    mean += (slope - mean) * (1 - beta1)
-    square = square * beta2 + slope * slope * (1 - beta2)
+    mean += (slope - mean) * rate1
+    square += (slope * slope - square) * rate2
     tl.store(exp_avg + at, mean, mask=valid)
     tl.store(exp_avg_sq + at, square, mask=valid)
     direction = mean / (tl.sqrt(square) * tl.load(factors + 1) + eps)
-    value = bits.to(tl.float32, bitcast=True) * keep - direction * tl.load(factors)
+    value = bits.to(tl.float32, bitcast=True)
+    value -= value * decay + direction * tl.load(factors)
     bits = value.to(tl.int32, bitcast=True)
     tl.store(rest + at, bits.to(tl.int16), mask=valid)
     tl.store(low + at, ((bits + 0x8000) >> 16).to(tl.int16), mask=valid)
@@ -41,49 +42,47 @@ def adamw_halves(
     exp_avg_sq: Tensor,
     gradient: Tensor,
     factors: Tensor,
-    *,
-    beta1: float,
-    beta2: float,
+    betas: tuple[float, float],
     eps: float,
-    keep: float,
+    decay: float,
 ) -> None:
-    """Change numbers and their moments in place, by Triton alone. All are contiguous, [N].
+    """Change numbers and their moments in place, by Triton alone. All are contiguous, [N], on one device.
 
-    28 bytes are moved for a number with a bfloat16 gradient, which is as few as can be: halves and moments are read and
-    written, the gradient is read.
+    26 bytes are moved for a number with a bfloat16 gradient, 28 with a float32 one, which is as few as can be: halves
+    and moments are read and written, the gradient is read. `fastmim.split_adamw` computes the same in plain PyTorch.
 
     Args:
         low: int16, the bits of the bfloat16 half.
         rest: int16, the lower bits: a number is `low` * 65536 + `rest`, as the bits of a float32.
         exp_avg, exp_avg_sq: float32.
         gradient: bfloat16 or float32.
-        factors: float32 [4], on the device, so that nothing waits for them: the learning rate over the first moment's
-            bias correction, one over the root of the second's, what the gradient is multiplied with, and 0 where the
-            step must not happen.
-        beta1, beta2, eps: of AdamW.
-        keep: what a number is multiplied with, for the decay: 1 - lr * weight_decay.
+        factors: float32 [4], from `adamw_factors`, on the device, so that nothing waits for them.
+        betas, eps: of AdamW.
+        decay: share that a number loses: lr * weight_decay.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, algorithm 2.
     """
+    tensors = (low, rest, exp_avg, exp_avg_sq, gradient)
+    assert all(tensor.is_contiguous() and tensor.shape == low.shape for tensor in tensors)
+    assert low.dtype == rest.dtype == torch.int16 and exp_avg.dtype == exp_avg_sq.dtype == torch.float32
+    # What is left of 1 after a beta, formed in float64: as the difference of float32 numbers it would have few digits.
+    rates = (1 - beta for beta in betas)
+    grid = (triton.cdiv(low.numel(), _BLOCK),)
     _dispatch.launch(
-        _adamw_halves_kernel,
-        (triton.cdiv(low.numel(), _BLOCK),),
-        *(low, rest, exp_avg, exp_avg_sq, gradient, factors),
-        *(beta1, beta2, eps, keep),
-        low.numel(),
-        BLOCK=_BLOCK,
+        _adamw_halves_kernel, grid, *tensors, factors, *rates, eps, decay, low.numel(), BLOCK=_BLOCK
     )
 
 
 def adamw_factors(step: Tensor, allowed: Tensor, scale: Tensor | float, lr: float, betas: tuple) -> Tensor:
-    """The factors of `adamw_halves`.
+    """The factors of `adamw_halves`: the learning rate over the first moment's bias correction, one over the root of
+    the second's, what the gradient is multiplied with, and 0 where the step must not happen.
 
     Args:
-        step: float scalar, which step this is, from 1.
+        step: float scalar, which step this is, from 1; 0 before the first that happens.
         allowed: float scalar, 0 where it must not happen.
         scale: of the gradient.
         lr, betas: of AdamW.
     """
-    # In float64: 1 - 0.999 ** step has few digits left in float32.
-    size, root = (1 - beta ** step.double() for beta in betas)
+    # In float64: 1 - 0.999 ** step has few digits left in float32. Before the first step there is nothing to divide by.
+    size, root = (1 - beta ** step.double().clamp(min=1) for beta in betas)
     return torch.stack([lr / size, root.rsqrt(), torch.ones_like(size) * scale, allowed.double()]).float()

@@ -4,6 +4,8 @@ import logging
 import os
 
 import pytest
+import torch
+from fastmim.kernels import _dispatch
 
 from fastmim import recipes
 
@@ -28,6 +30,16 @@ def own_logging():
     yield
     logger.handlers, logger.propagate = before[:2]
     logger.setLevel(before[2])
+
+
+@pytest.fixture(params=["reference", "interpret", pytest.param("cuda", marks=pytest.mark.gpu)])
+def backend(request, monkeypatch):
+    """Plain PyTorch and interpreted kernels, on the CPU; compiled kernels on a GPU, where a test's tensors then are."""
+    monkeypatch.setattr(_dispatch, "MODE", "auto" if request.param == "cuda" else request.param)
+    if request.param == "cuda":
+        torch.set_default_device("cuda")
+    yield request.param
+    torch.set_default_device(None)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from benchmarks.compiled import Launch, compile_to_sass, opcodes
+from benchmarks.compiled import compile_to_sass, opcodes, record_launches
 from fastmim import split_adamw
 from fastmim.errors import CheckpointError
 from fastmim.split_adamw import SplitAdamW, join, split
@@ -19,16 +19,6 @@ from fastmim.split_adamw import SplitAdamW, join, split
 SHAPES = [(5, 3), (40,), (7,)]
 DECAYS = [0.1, 0.1, 0.0]
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@pytest.fixture(params=["reference", "interpret", pytest.param("cuda", marks=pytest.mark.gpu)])
-def path(request, monkeypatch):
-    """Plain PyTorch and the interpreted kernel, on the CPU; the compiled one on a GPU, where tensors then are."""
-    monkeypatch.setattr(_dispatch, "MODE", "auto" if request.param == "cuda" else request.param)
-    if request.param == "cuda":
-        torch.set_default_device("cuda")
-    yield request.param
-    torch.set_default_device(None)
 
 
 def set_chunk(monkeypatch, numbers):
@@ -58,7 +48,7 @@ def adamw_in_float64(parameter, gradients, lr, decay, betas=(0.9, 0.95), eps=1e-
     return parameter
 
 
-def problem(steps, **options):
+def problem(steps, betas=(0.9, 0.95), **options):
     """Parameters of two groups, their optimiser, and gradients of so many steps."""
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape).bfloat16()) for shape in SHAPES]
@@ -67,7 +57,7 @@ def problem(steps, **options):
         {"params": parameters[2:], "weight_decay": DECAYS[2]},
     ]
     gradients = [[torch.randn_like(parameter) for parameter in parameters] for _ in range(steps)]
-    return parameters, SplitAdamW(groups, lr=1e-4, betas=(0.9, 0.95), **options), gradients
+    return parameters, SplitAdamW(groups, lr=1e-4, betas=betas, **options), gradients
 
 
 def take_steps(parameters, optimizer, gradients):
@@ -82,10 +72,10 @@ def norm_of(gradients):
 
 
 @pytest.mark.parametrize("chunk", [4, 16, 1 << 10])
-@pytest.mark.parametrize("clip", [None, 2.0])
-def test_steps_are_those_of_float32(path, monkeypatch, chunk, clip):
+@pytest.mark.parametrize(("clip", "betas"), [(None, (0.9, 0.999)), (2.0, (0.9, 0.95))])
+def test_steps_are_those_of_float32(backend, monkeypatch, chunk, clip, betas):
     set_chunk(monkeypatch, chunk)
-    parameters, optimizer, gradients = problem(20, clip_grad=clip)
+    parameters, optimizer, gradients = problem(20, betas, clip_grad=clip)
     starts = [parameter.detach().clone() for parameter in parameters]
     take_steps(parameters, optimizer, gradients)
     scales = [1.0 if clip is None else min(1.0, clip / norm_of(step)) for step in gradients]
@@ -93,7 +83,7 @@ def test_steps_are_those_of_float32(path, monkeypatch, chunk, clip):
     for i, parameter in enumerate(parameters):
         scaled = [step[i].double() * scale for step, scale in zip(gradients, scales, strict=True)]
         master = optimizer.masters[parameter].detach()
-        wanted = adamw_in_float64(starts[i], scaled, 1e-4, DECAYS[i])
+        wanted = adamw_in_float64(starts[i], scaled, 1e-4, DECAYS[i], betas)
         torch.testing.assert_close(master.double(), wanted, rtol=2e-6, atol=1e-7)
         assert torch.equal(parameter, master.bfloat16()) and parameter.grad is None
         # Steps this small would vanish in sixteen bits.
@@ -102,7 +92,7 @@ def test_steps_are_those_of_float32(path, monkeypatch, chunk, clip):
 
 
 @pytest.mark.parametrize("chunk", [4, 1 << 10])
-def test_a_parameter_without_a_gradient_stays(path, monkeypatch, chunk):
+def test_a_parameter_without_a_gradient_stays(backend, monkeypatch, chunk):
     set_chunk(monkeypatch, chunk)
     parameters, optimizer, gradients = problem(3)
     start = parameters[0].detach().clone()
@@ -114,7 +104,7 @@ def test_a_parameter_without_a_gradient_stays(path, monkeypatch, chunk):
     )
 
 
-def test_what_is_stored_goes_on_the_same_and_bad_steps_change_nothing(path):
+def test_what_is_stored_goes_on_the_same_and_bad_steps_change_nothing(backend):
     parameters, optimizer, gradients = problem(6)
     take_steps(parameters, optimizer, gradients[:3])
     stored = copy.deepcopy(optimizer.state_dict())
@@ -134,7 +124,33 @@ def test_what_is_stored_goes_on_the_same_and_bad_steps_change_nothing(path):
         assert torch.equal(optimizer.masters[parameter].detach(), resumed.masters[other].detach())
 
 
-def test_gradients_of_several_passes_are_summed_in_float32(path):
+def test_a_bad_first_step_is_none(backend):
+    parameters, optimizer, gradients = problem(3)
+    gradients[0][1][0] = math.inf
+    starts = [parameter.detach().clone() for parameter in parameters]
+    take_steps(parameters, optimizer, gradients)
+    for start, parameter, decay, *taken in zip(starts, parameters, DECAYS, *gradients[1:], strict=True):
+        wanted = adamw_in_float64(start, taken, 1e-4, decay)
+        torch.testing.assert_close(
+            optimizer.masters[parameter].detach().double(), wanted, rtol=2e-6, atol=1e-7
+        )
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_gpu():
+    with torch.device("cuda"):
+        parameters, optimizer, gradients = problem(3, clip_grad=1.0)
+        take_steps(parameters, optimizer, gradients[:2])
+        for parameter, gradient in zip(parameters, gradients[2], strict=True):
+            parameter.grad = gradient
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_gradients_of_several_passes_are_summed_in_float32(backend):
     parameter = nn.Parameter(torch.zeros(3).bfloat16())
     optimizer = SplitAdamW([{"params": [parameter]}], lr=0.0, sum_in_float32=True)
     # Beside 256, bf16 has no 257.
@@ -163,20 +179,12 @@ def test_the_kernel_computes_what_plain_pytorch_does(monkeypatch):
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("summed", [False, True])
-def test_the_kernel_does_not_spill_and_reads_128_bits(monkeypatch, capability, summed):
-    launches = []
-    monkeypatch.setattr(_dispatch, "MODE", "interpret")
-    monkeypatch.setattr(
-        _dispatch,
-        "launch",
-        lambda function, grid, *args, **constants: launches.append(
-            Launch(function, args, {"num_warps": 4}, constants)
-        ),
-    )
+def test_the_kernel_does_not_spill_and_reads_128_bits(capability, summed):
     parameter = nn.Parameter(torch.zeros(64, 64).bfloat16())
     optimizer = SplitAdamW([{"params": [parameter]}], lr=1.0, sum_in_float32=summed)
     (parameter * 2).sum().backward()
-    optimizer.step()
+    with record_launches() as launches:
+        optimizer.step()
     (launch,) = launches
     assert launch.function is _adamw_halves_kernel
     sass = compile_to_sass(launch, capability)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nvidia.dali import fn, types
+from nvidia.dali import backend, fn, types
 from nvidia.dali.pipeline import Pipeline
 
 from fastmim import nvjpeg
@@ -20,6 +20,7 @@ from fastmim.config import DataConfig
 from fastmim.data.index import Index
 
 _PIXELS = {1: types.GRAY, 3: types.RGB}
+_CUDA = backend.__cuda_version__ // 1000
 
 
 def image_pipeline(
@@ -41,29 +42,12 @@ def image_pipeline(
         threads: CPU threads of DALI.
         prefetch: runs that may be under way at once.
         crops: of each image, which is decoded once.
-        device_id: the CUDA device that decodes; None is the CPU.
+        device_id: the CUDA device that decodes; None is the CPU. An old nvJPEG (`nvjpeg.py`) gives JPEGs whose chroma
+            is stored at half the resolution slightly other pixels.
 
     Returns:
         A built pipeline whose inputs `decoder.SampleReader.inputs` makes.
     """
-    build = functools.partial(_build, index, config, batch_size, threads, prefetch, crops, device_id)
-    pipeline = build(interpolate=True)  # which loads nvJPEG
-    if device_id is None or nvjpeg.interpolates_windows():
-        return pipeline
-    return build(interpolate=False)
-
-
-def _build(
-    index: Index,
-    config: DataConfig,
-    batch_size: int,
-    threads: int,
-    prefetch: int,
-    crops: int,
-    device_id: int | None,
-    interpolate: bool,
-) -> Pipeline:
-    """`image_pipeline`, whose decoder interpolates chroma or repeats it."""
     pipeline = Pipeline(
         batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=prefetch
     )
@@ -89,8 +73,8 @@ def _build(
                 encoded,
                 device="cpu" if device_id is None else "mixed",
                 output_type=_PIXELS.get(config.channels, types.ANY_DATA),
-                # The GPU's decoder else repeats chroma where the CPU's interpolates.
-                jpeg_fancy_upsampling=interpolate,
+                # A GPU's decoder else repeats chroma where the CPU's interpolates; one that cannot has to.
+                jpeg_fancy_upsampling=device_id is None or nvjpeg.interpolates_windows(_CUDA),
                 **window,
             )
         stored = npy_channels(index)

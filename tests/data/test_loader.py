@@ -295,6 +295,12 @@ def test_the_gpu_decodes_what_the_cpu_does(index, configure, jitter):
 
 
 @pytest.mark.gpu
+def test_the_gpu_is_not_told_to_leave_windows_to_the_cpu(index, configure, capfd):
+    take(make_loader(index, configure(), device=torch.device("cuda")), 2)
+    assert "fancy upsampling" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.gpu
 def test_a_gpu_batch_is_kept_until_its_work_is_done(index, configure):
     """Work still queued on the batch when Python lets go of it must read the batch's own pixels."""
     expected = [batch.images.double().sum() for batch in take(make_loader(index, configure()), 20)]

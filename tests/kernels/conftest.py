@@ -3,7 +3,6 @@ import sys
 
 import pytest
 import torch
-from fastmim.kernels import _dispatch
 
 
 @pytest.fixture
@@ -22,16 +21,6 @@ def unwritten_shows(monkeypatch):
     monkeypatch.setattr(torch, "empty", filled(torch.empty))
     monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
-
-
-@pytest.fixture(params=["reference", "interpret", pytest.param("cuda", marks=pytest.mark.gpu)])
-def backend(request, monkeypatch):
-    """Plain PyTorch and interpreted kernels, on the CPU; compiled kernels on a GPU, where a test's tensors then are."""
-    monkeypatch.setattr(_dispatch, "MODE", "auto" if request.param == "cuda" else request.param)
-    if request.param == "cuda":
-        torch.set_default_device("cuda")
-    yield request.param
-    torch.set_default_device(None)
 
 
 @pytest.fixture
