@@ -19,7 +19,6 @@ import os
 from collections.abc import Callable, Iterator
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
@@ -139,6 +138,16 @@ def use_triton(tensor: Tensor) -> bool:
     return triton_runs
 
 
+def cdiv(count: int, size: int) -> int:
+    """Programs of `size` that cover `count`; `triton.cdiv` takes microseconds of the host for it."""
+    return -(-count // size)
+
+
+def next_power_of_2(number: int) -> int:
+    """The least power of two that is as large; as with `cdiv`."""
+    return 1 << (number - 1).bit_length()
+
+
 def warps_for(elements: int, per_thread: int) -> int:
     """Warps that leave each thread `per_thread` of a tile's elements, enough for a 128-bit load."""
     return max(1, min(8, elements // (32 * per_thread)))
@@ -146,7 +155,7 @@ def warps_for(elements: int, per_thread: int) -> int:
 
 def column_block(columns: int) -> int:
     """Columns of a tile: 256 divides every ViT width without waste; narrow rows take one power of two."""
-    return min(256, triton.next_power_of_2(columns))
+    return min(256, next_power_of_2(columns))
 
 
 def check_tensor(

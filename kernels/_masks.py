@@ -1,7 +1,6 @@
 """What the mask samplers share: the draws of a sample, the patches of lowest noise, the four outputs, the checks."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -130,7 +129,7 @@ def launch_sampler(
             f"(FASTMIM_KERNELS=reference) up to {MAX_PATCHES}"
         )
     outputs = new_masks(positions, patches, keep)
-    block = triton.next_power_of_2(patches)
+    block = _dispatch.next_power_of_2(patches)
     _dispatch.launch(
         function,
         (len(positions),),

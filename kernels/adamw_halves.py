@@ -1,7 +1,6 @@
 """AdamW on float32 numbers that are stored as two halves, bfloat16 and int16, in one launch."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -67,7 +66,7 @@ def adamw_halves(
     assert low.dtype == rest.dtype == torch.int16 and exp_avg.dtype == exp_avg_sq.dtype == torch.float32
     # What is left of 1 after a beta, formed in float64: as the difference of float32 numbers it would have few digits.
     rates = (1 - beta for beta in betas)
-    grid = (triton.cdiv(low.numel(), _BLOCK),)
+    grid = (_dispatch.cdiv(low.numel(), _BLOCK),)
     _dispatch.launch(
         _adamw_halves_kernel, grid, *tensors, factors, *rates, eps, decay, low.numel(), BLOCK=_BLOCK
     )

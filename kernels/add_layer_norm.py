@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -119,7 +118,7 @@ def _add_layer_norm_backward_kernel(
 
 def _launch_settings(columns: int, program_rows: int) -> dict[str, int]:
     """Return warps and constants of either kernel."""
-    block = triton.next_power_of_2(columns)
+    block = _dispatch.next_power_of_2(columns)
     block_rows = min(program_rows, max(1, 4096 // block))
     return {
         "num_warps": _dispatch.warps_for(block_rows * block, 8),
@@ -142,7 +141,7 @@ def _forward_triton(
     settings = _launch_settings(columns, program_rows=16)
     _dispatch.launch(
         _add_layer_norm_forward_kernel,
-        (triton.cdiv(rows, settings["PROGRAM_ROWS"]),),
+        (_dispatch.cdiv(rows, settings["PROGRAM_ROWS"]),),
         x.contiguous(),
         branch.contiguous(),
         weight.contiguous(),
@@ -164,7 +163,7 @@ def _backward_triton(
     rows = total.numel() // columns
     # 64 rows a program: the float32 partial sums are 3 % of the bytes that it moves in bfloat16.
     settings = _launch_settings(columns, program_rows=64)
-    programs = triton.cdiv(rows, settings["PROGRAM_ROWS"])
+    programs = _dispatch.cdiv(rows, settings["PROGRAM_ROWS"])
     grad = total.new_empty(total.shape)
     partial = total.new_empty(programs, 2, columns, dtype=torch.float32)
     _dispatch.launch(

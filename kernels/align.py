@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -156,14 +155,14 @@ def _launch_settings(x: Tensor, target: Tensor) -> tuple[int, int, tuple[int, ..
     columns = x.shape[-1]
     rows = x.numel() // columns
     per_sample = x.shape[-2]
-    block = triton.next_power_of_2(columns)
+    block = _dispatch.next_power_of_2(columns)
     block_rows = max(1, 2048 // block)
     strides = []
     for tensor in (x, target):
         strides += tensor.stride() if tensor.ndim == 3 else (0, *tensor.stride())
     constants = {"BLOCK_ROWS": block_rows, "BLOCK": block}
     integers = (*strides, rows, per_sample, columns)
-    return triton.cdiv(rows, block_rows), _dispatch.warps_for(block_rows * block, 8), integers, constants
+    return _dispatch.cdiv(rows, block_rows), _dispatch.warps_for(block_rows * block, 8), integers, constants
 
 
 def _gradient_scale(x: Tensor, compare: int) -> float:

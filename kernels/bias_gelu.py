@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -84,7 +83,7 @@ def _forward_triton(x: Tensor, bias: Tensor) -> Tensor:
     block_rows = 16
     _dispatch.launch(
         _bias_gelu_forward_kernel,
-        (triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns)),
+        (_dispatch.cdiv(rows, block_rows), _dispatch.cdiv(columns, block_columns)),
         x.contiguous(),
         bias.contiguous(),
         out,
@@ -102,14 +101,14 @@ def _backward_triton(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Ten
     rows = x.numel() // columns
     # 64 rows a program: the float32 partial sums are 2 % of the bytes that it moves in bfloat16.
     program_rows = 64
-    programs = triton.cdiv(rows, program_rows)
+    programs = _dispatch.cdiv(rows, program_rows)
     grad_x = x.new_empty(x.shape)
     partial = x.new_empty(programs, columns, dtype=torch.float32)
     block_columns = _dispatch.column_block(columns)
     block_rows = min(program_rows, 2048 // block_columns)
     _dispatch.launch(
         _bias_gelu_backward_kernel,
-        (programs, triton.cdiv(columns, block_columns)),
+        (programs, _dispatch.cdiv(columns, block_columns)),
         grad.contiguous(),
         x.contiguous(),
         bias.contiguous(),

@@ -1,7 +1,6 @@
 """Assemble the encoder's input: positions added to the visible patches, the cls token in front."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -133,10 +132,10 @@ def _forward_triton(
     (batch, kept, columns), tokens = x.shape, pos_embed.shape[1]
     out = x.new_empty(batch, 1 + kept, columns, dtype=dtype)
     tile = sample_tile(batch, columns)
-    group = min(GROUP_SAMPLES, triton.next_power_of_2(batch))
+    group = min(GROUP_SAMPLES, _dispatch.next_power_of_2(batch))
     _dispatch.launch(
         _embed_tokens_forward_kernel,
-        (*tile_grid(tile, tokens, columns), triton.cdiv(batch, group)),
+        (*tile_grid(tile, tokens, columns), _dispatch.cdiv(batch, group)),
         x,
         cls_token,
         pos_embed,

@@ -1,7 +1,6 @@
 """Read the kept patches of images, normalised, in one pass."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -133,7 +132,7 @@ def _gather_patches_forward_kernel(
 def patch_launch_settings(images: Tensor, ids: Tensor, patch_size: int) -> tuple[int, int, tuple, dict]:
     """Return what kernels over patches share: programs, warps, the integer arguments, the constants."""
     channels = images.shape[3]
-    block = triton.next_power_of_2(patch_size * patch_size * channels)
+    block = _dispatch.next_power_of_2(patch_size * patch_size * channels)
     block_patches = max(1, 1024 // block)
     integers = (
         ids.numel(),
@@ -150,7 +149,7 @@ def patch_launch_settings(images: Tensor, ids: Tensor, patch_size: int) -> tuple
         "BLOCK": block,
     }
     num_warps = _dispatch.warps_for(block_patches * block, per_thread=16)
-    return triton.cdiv(ids.numel(), block_patches), num_warps, integers, constants
+    return _dispatch.cdiv(ids.numel(), block_patches), num_warps, integers, constants
 
 
 def _forward_triton(

@@ -1,7 +1,6 @@
 """Select tokens by index, and its adjoint, which puts them back and writes each row once."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -101,7 +100,7 @@ def _gather_triton(x: Tensor, ids: Tensor, offset: int) -> Tensor:
     out = x.new_empty(batch, kept, columns)
     block_columns = _dispatch.column_block(columns)
     block_rows = 2048 // block_columns
-    grid = (triton.cdiv(batch * kept, block_rows), triton.cdiv(columns, block_columns))
+    grid = (_dispatch.cdiv(batch * kept, block_rows), _dispatch.cdiv(columns, block_columns))
     _dispatch.launch(
         _gather_tokens_forward_kernel,
         grid,
@@ -128,7 +127,7 @@ def _scatter_triton(x: Tensor, ids: Tensor, tokens: int, offset: int) -> Tensor:
     block_rows = min(16, 2048 // block_columns)
     _dispatch.launch(
         _scatter_tokens_forward_kernel,
-        (batch * triton.cdiv(tokens, block_rows),),
+        (batch * _dispatch.cdiv(tokens, block_rows),),
         x,
         ids,
         out,

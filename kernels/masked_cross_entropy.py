@@ -7,7 +7,6 @@ exists, as fused linear-cross-entropy losses do. The same operation, with keys i
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -99,7 +98,7 @@ def _softmax_gradient_triton(
     logits: Tensor, labels: Tensor, per_row: Tensor, logit_scale: float, needs_grad: bool
 ) -> None:
     rows, classes = logits.shape
-    block = min(8192, triton.next_power_of_2(classes))
+    block = min(8192, _dispatch.next_power_of_2(classes))
     _dispatch.launch(
         _softmax_gradient_kernel,
         (rows,),

@@ -1,7 +1,6 @@
 """What a loss stored in its forward pass, times the incoming gradient: the backward pass of the fused losses."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -21,7 +20,7 @@ def _scale_gradient_kernel(grad, values, out, scale, size, BLOCK: tl.constexpr):
 def _scale_triton(grad: Tensor, values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     out = values.new_empty(values.shape, dtype=dtype)
     block = 2048
-    programs = triton.cdiv(values.numel(), block)
+    programs = _dispatch.cdiv(values.numel(), block)
     _dispatch.launch(
         _scale_gradient_kernel, (programs,), grad, values, out, scale, values.numel(), BLOCK=block
     )

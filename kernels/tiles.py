@@ -1,7 +1,5 @@
 """How kernels on rows [B, T, D] that share something between samples, such as positions, are cut into programs."""
 
-import triton
-
 from . import _dispatch
 
 TILE_ELEMENTS = 8192
@@ -27,11 +25,11 @@ def sample_tile(batch: int, columns: int, elements: int = TILE_ELEMENTS) -> dict
     # Rows that do not start on 16 bytes are loaded value by value, each at an address that takes registers.
     elements = elements if columns % 16 == 0 else elements // 2
     block_columns = _dispatch.column_block(columns)
-    samples = min(elements // block_columns, 32, triton.next_power_of_2(batch))
+    samples = min(elements // block_columns, 32, _dispatch.next_power_of_2(batch))
     tokens = elements // (block_columns * samples)
     return {"BLOCK_TOKENS": tokens, "BLOCK_SAMPLES": samples, "BLOCK_COLUMNS": block_columns}
 
 
 def tile_grid(tile: dict[str, int], tokens: int, columns: int) -> tuple[int, int]:
     """Programs that cover all tokens and columns of one group of samples."""
-    return triton.cdiv(tokens, tile["BLOCK_TOKENS"]), triton.cdiv(columns, tile["BLOCK_COLUMNS"])
+    return _dispatch.cdiv(tokens, tile["BLOCK_TOKENS"]), _dispatch.cdiv(columns, tile["BLOCK_COLUMNS"])

@@ -1,7 +1,6 @@
 """Assemble the decoder's input: kept tokens back in place, mask tokens elsewhere, positions added."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -152,10 +151,10 @@ def _forward_triton(
     batch, tokens, columns = latent.shape[0], pos_embed.shape[1], latent.shape[2]
     out = latent.new_empty(batch, tokens, columns, dtype=dtype)
     tile = sample_tile(batch, columns)
-    group = min(GROUP_SAMPLES, triton.next_power_of_2(batch))
+    group = min(GROUP_SAMPLES, _dispatch.next_power_of_2(batch))
     _dispatch.launch(
         _unshuffle_forward_kernel,
-        (*tile_grid(tile, tokens, columns), triton.cdiv(batch, group)),
+        (*tile_grid(tile, tokens, columns), _dispatch.cdiv(batch, group)),
         latent,
         mask_token,
         pos_embed,
@@ -183,9 +182,9 @@ def _backward_triton(
     grad_latent = grad.new_empty(batch, kept + 1, columns, dtype=dtype)
     # Two sums instead of one: half a tile keeps them in registers.
     tile = sample_tile(batch, columns, TILE_ELEMENTS // 2 if pos_dtype else TILE_ELEMENTS)
-    group = min(PROGRAM_ROWS, triton.next_power_of_2(batch))
+    group = min(PROGRAM_ROWS, _dispatch.next_power_of_2(batch))
     span = max(PROGRAM_ROWS // group, tile["BLOCK_TOKENS"])
-    spans, groups = triton.cdiv(tokens, span), triton.cdiv(batch, group)
+    spans, groups = _dispatch.cdiv(tokens, span), _dispatch.cdiv(batch, group)
     partial_mask = grad.new_empty(spans * groups, columns, dtype=torch.float32)
     # The sums of a single group are whole: they are written in the dtype that is wanted.
     partial_pos = grad.new_empty(
@@ -193,7 +192,7 @@ def _backward_triton(
     )
     _dispatch.launch(
         _unshuffle_backward_kernel,
-        (spans, triton.cdiv(columns, tile["BLOCK_COLUMNS"]), groups),
+        (spans, _dispatch.cdiv(columns, tile["BLOCK_COLUMNS"]), groups),
         grad,
         ids_restore,
         grad_latent,
