@@ -17,10 +17,11 @@ from fastmim import manifest as manifests
 from fastmim.config import Config
 from fastmim.ema import EMA
 from fastmim.errors import CheckpointError, TrainingAborted
+from fastmim.halves import Master
 from fastmim.manifest import EMA_WEIGHTS, WEIGHTS
 from fastmim.provenance import source_commit
 from fastmim.ranks import Ranks
-from fastmim.split_adamw import Master, SplitAdamW
+from fastmim.split_adamw import SplitAdamW
 
 _TAG = "deepspeed"
 _TORCH_WRITER = ("inline_container", "PytorchStreamWriter")

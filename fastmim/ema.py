@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastmim.split_adamw import Master
+from fastmim.halves import Master
 
 
 class EMA:

@@ -73,14 +73,17 @@ def adamw_halves(
 
 
 def adamw_factors(step: Tensor, allowed: Tensor, scale: Tensor | float, lr: float, betas: tuple) -> Tensor:
-    """The factors of `adamw_halves`: the learning rate over the first moment's bias correction, one over the root of
-    the second's, what the gradient is multiplied with, and 0 where the step must not happen.
+    """The factors of `adamw_halves`.
 
     Args:
         step: float scalar, which step this is, from 1; 0 before the first that happens.
         allowed: float scalar, 0 where it must not happen.
         scale: of the gradient.
         lr, betas: of AdamW.
+
+    Returns:
+        float32 [4], on the device of `step`: the learning rate over the first moment's bias correction, one over the
+        root of the second's, `scale`, `allowed`.
     """
     # In float64: 1 - 0.999 ** step has few digits left in float32. Before the first step there is nothing to divide by.
     size, root = (1 - beta ** step.double().clamp(min=1) for beta in betas)

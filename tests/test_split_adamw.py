@@ -14,7 +14,8 @@ from torch import nn
 from benchmarks.compiled import compile_to_sass, opcodes, record_launches
 from fastmim import split_adamw
 from fastmim.errors import CheckpointError
-from fastmim.split_adamw import SplitAdamW, join, split
+from fastmim.halves import join, split
+from fastmim.split_adamw import SplitAdamW
 
 SHAPES = [(5, 3), (40,), (7,)]
 DECAYS = [0.1, 0.1, 0.0]

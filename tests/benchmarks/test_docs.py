@@ -29,6 +29,15 @@ def test_tables_come_from_stored_rows(tmp_path):
     )
 
 
+def test_fewer_threads_than_cores_are_told():
+    told = {"machine": MACHINE | {"cores": 16, "threads": 4}, "arguments": {}}
+    assert (
+        docs.origin(told) == "<sub>x86_64, 4 threads of 16 cores, torch 2.14, commit 0123456789abcdef</sub>"
+    )
+    told["machine"]["threads"] = 16
+    assert "x86_64, 16 cores, torch" in docs.origin(told)
+
+
 def test_rows_of_another_machine_are_tables_beside_those_of_the_first(tmp_path):
     row = {"variant": "sdpa", "size": "ViT-B", "dtype": "float32", "median_s": 0.002, "p20_s": 0.001}
     store(tmp_path, "attention", [row | {"p80_s": 0.003, "ratio": 1.0}])

@@ -164,7 +164,7 @@ def test_a_contender_that_fails_does_not_end_the_run(monkeypatch):
     assert all("refused" in row["error"] and "measured" not in row for row in failed)
 
 
-def test_rows_that_were_counted_before_are_measured_as_they_are(tmp_path):
+def test_rows_that_were_counted_before_are_measured_as_they_are(tmp_path, capsys):
     jobs = [("gather_tokens", "bfloat16", SMALL), ("unshuffle", "bfloat16", SMALL)]
     identity = {"dtype": "bfloat16", "shape": f"{SMALL.name} batch {SMALL.batch}"}
     stored = [
@@ -188,6 +188,9 @@ def test_rows_that_were_counted_before_are_measured_as_they_are(tmp_path):
     )
     torch.compiler.reset()
     assert [row["bytes"] for row in measured] == [7, 7]
+    kernels.print_measured(measured)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| gather_tokens")]
+    assert len(printed) == 2 * 3 and all(line.count("|") == 12 for line in printed)  # no host time here
     failed = {**stored[0], "error": "RuntimeError: refused"}
     lines = kernels.tables({"rows": [*measured, failed]})["kernels"].splitlines()
     assert lines[2].startswith(f"| gather_tokens | forward | {identity['shape']} | ")

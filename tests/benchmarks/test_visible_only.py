@@ -1,8 +1,10 @@
 """The comparison of what the encoder sees: the variants differ by that alone, and rows are compared at one ratio."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import report, visible_only
 from benchmarks.visible_only import BASELINE, SHALLOW, VARIANTS, VISIBLE
@@ -98,3 +100,12 @@ def test_rows_tables_and_curve(monkeypatch, tmp_path):
 def test_arguments_that_cannot_be_are_refused(arguments):
     with pytest.raises(SystemExit):
         visible_only.read_arguments(arguments)
+
+
+def test_a_gpu_is_given_more_images(monkeypatch):
+    args = SimpleNamespace(batch=None)
+    assert visible_only.batch_of("large", args) == 16
+    monkeypatch.setattr(visible_only, "Ranks", lambda: SimpleNamespace(device=torch.device("cuda")))
+    assert visible_only.batch_of("large", args) == 256
+    args.batch = 3
+    assert visible_only.batch_of("large", args) == 3

@@ -1,5 +1,7 @@
 """Who sees an operation, and that it is the same on both ways."""
 
+import inspect
+
 import pytest
 import torch
 from fastmim.kernels import bias_gelu, gather_tokens, sample_random_mask
@@ -54,6 +56,14 @@ def test_a_plain_call_skips_the_dispatcher_and_computes_the_same(dispatched):
         seen = step(*inputs)
     assert mode.seen == dispatched == ["bias_gelu", "bias_gelu_backward"]
     assert all(map(torch.equal, plain, seen))
+
+
+def test_a_call_inspects_no_signature(monkeypatch):
+    """PyTorch does for a function with a `setup_context` of its own, which takes longer than the call."""
+    looked_at = []
+    monkeypatch.setattr(inspect, "signature", lambda function: looked_at.append(function))
+    assert step(*setup())[0].grad_fn is not None
+    assert not looked_at
 
 
 def test_without_gradients_there_is_no_graph(dispatched):
