@@ -35,7 +35,7 @@ $(BENCHMARKS): .venv/ready data/elpv/train
 
 attention_small := --rounds 3
 dataloading_small := --images 64 --photographs 64 --rounds 1 --cores 1 --qualities 90
-end_to_end_small := --recipe quickstart --data data/elpv/train --rounds 2 --steps 30
+end_to_end_small := --recipe quickstart --data data/elpv/train --rounds 8 --steps 10
 memory_small := --variants "ZeRO 0" "ZeRO 2" "ZeRO 3" --images 4
 scaling_small := --stages 1 --rounds 3 --images 4
 peers_small := --sizes small --modes eager --batch 4 --rounds 3 --warmup 1

@@ -1,6 +1,7 @@
 """Timing that several scripts share: contenders take turns, so a drift of the machine's speed cancels."""
 
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
@@ -142,6 +143,16 @@ def ratios(numerator: list[float], denominator: list[float]) -> list[float]:
 def ratio(numerator: list[float], denominator: list[float]) -> float:
     """Return the median of their `ratios`."""
     return statistics.median(ratios(numerator, denominator))
+
+
+def median_interval(samples: list[float]) -> tuple[float, float]:
+    """Where the median of what was sampled lies, with 95 % confidence: two of the samples, by the normal approximation.
+
+    Of fewer than six no two samples tell that; they are the least and the most.
+    """
+    ordered = sorted(samples)
+    place = max(0, int((len(ordered) - 1.96 * math.sqrt(len(ordered))) / 2))
+    return ordered[place], ordered[-1 - place]
 
 
 def measure_copy_bandwidth(rounds: int = 20) -> float:

@@ -45,11 +45,11 @@ class Worker:
 
     def step(self, compiled: bool = False) -> float:
         """Make a step and return its loss; the device is done when this returns."""
-        return self._ask("compiled" if compiled else "eager")
+        return self.measure_step(_make, compiled)
 
-    def measure_step(self, measure: Callable[[Callable[[], Tensor]], Any]) -> Any:
-        """What a module's function returns that is called in the process with the step, as if it were not compiled."""
-        return self._ask(measure)
+    def measure_step(self, measure: Callable[[Callable[[], Tensor]], Any], compiled: bool = False) -> Any:
+        """What a module's function, or a `functools.partial` of one, returns that is given the step in the process."""
+        return self._ask(("compiled" if compiled else "eager", measure))
 
     def peak_memory(self) -> int:
         """Bytes held at most since the process began to build, or `forget_peak`; its imports not counted."""
@@ -65,7 +65,7 @@ class Worker:
             self._pipe.send(None)
         self._process.join()
 
-    def _ask(self, what: str | Callable) -> Any:
+    def _ask(self, what: str | tuple[str, Callable]) -> Any:
         self._pipe.send(what)
         try:
             answer = self._pipe.recv()
@@ -93,7 +93,12 @@ def _serve(pipe: Connection, build: Build, args: tuple, imports: tuple[str, ...]
             if wanted == "forget":
                 pipe.send(torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None)
                 continue
-            with torch.compiler.set_stance("default" if wanted == "compiled" else "force_eager"):
-                pipe.send(wanted(step) if callable(wanted) else float(step()))
+            mode, measure = wanted
+            with torch.compiler.set_stance("default" if mode == "compiled" else "force_eager"):
+                pipe.send(measure(step))
         except Exception as error:
             pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def _make(step: Callable[[], Tensor]) -> float:
+    return float(step())
