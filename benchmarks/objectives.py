@@ -16,12 +16,8 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import matplotlib  # noqa: E402
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 from benchmarks.harness import describe_machine  # noqa: E402
 from benchmarks.markdown import fill, table  # noqa: E402
@@ -126,9 +122,9 @@ def summarise(rows: list[dict], random: float) -> str:
 def draw(path: Path, rows: list[dict]) -> None:
     """The loss curve of each variant, a panel each: their losses are of different kinds."""
     columns = 5
-    figure, axes = plt.subplots(
-        -(-len(rows) // columns), columns, figsize=(13, 2.2 * -(-len(rows) // columns)), squeeze=False
-    )
+    lines = -(-len(rows) // columns)
+    figure = Figure(figsize=(13, 2.2 * lines), layout="tight")
+    axes = figure.subplots(lines, columns, squeeze=False)
     for axis, row in zip(axes.flat, rows, strict=False):
         steps, losses = zip(*row["losses"], strict=True)
         axis.plot(steps, losses, linewidth=1.2)
@@ -138,9 +134,7 @@ def draw(path: Path, rows: list[dict]) -> None:
         axis.set_axis_off()
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("loss", fontsize=9)
-    figure.tight_layout()
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def main() -> None:

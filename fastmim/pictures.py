@@ -1,17 +1,15 @@
 """The pictures a run leaves: reconstructions and the loss curve."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from torch import Tensor
 
 from fastmim.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MASKED = 225  # lighter than most of a photograph, so that holes are seen as holes
 
@@ -39,13 +37,8 @@ def draw_reconstructions(
     pairs = 2 if n > 1 else 1
     rows = -(-n // pairs)
     cell = 1.7
-    figure, axes = plt.subplots(
-        rows,
-        len(columns) * pairs,
-        figsize=(len(columns) * pairs * cell * width / height, rows * cell + 0.5),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = _figure(len(columns) * pairs * cell * width / height, rows * cell + 0.5)
+    axes = figure.subplots(rows, len(columns) * pairs, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for i in range(n):
@@ -72,9 +65,8 @@ def draw_masks(path: Path, masks: Tensor, title: str) -> None:
     """
     columns = min(8, len(masks))
     rows = -(-len(masks) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.2 * columns, 1.2 * rows + 0.5), squeeze=False, layout="constrained"
-    )
+    figure = _figure(1.2 * columns, 1.2 * rows + 0.5)
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, mask in zip(axes.flat, masks, strict=False):
@@ -86,7 +78,8 @@ def draw_masks(path: Path, masks: Tensor, title: str) -> None:
 def draw_loss(path: Path, records: list[dict[str, Any]]) -> None:
     """Draw loss against epochs, with the learning rate, from the records of a metrics.jsonl."""
     records = [record for record in records if np.isfinite(record.get("loss") or np.nan)]
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = _figure(7, 4)
+    axis = figure.subplots()
     epochs = [record["epoch"] for record in records]
     axis.plot(epochs, [record["loss"] for record in records], color="tab:blue")
     axis.set_xlabel("epoch")
@@ -112,8 +105,14 @@ def _displayable(image: np.ndarray) -> np.ndarray:
     return image[..., 0] if channels < 3 else image[..., :3]
 
 
-def _save(figure, path: Path) -> None:
+def _figure(width: float, height: float) -> "Figure":
+    """An empty one of so many inches, in no window's care."""
+    from matplotlib.figure import Figure  # a second of every rank's start, and only the first draws
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: "Figure", path: Path) -> None:
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
     temporary.replace(path)

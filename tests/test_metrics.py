@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from fastmim.config import LogConfig
 from fastmim.metrics import Metrics, describe_end, drop_records_after, read_records
 from fastmim.pictures import draw_loss, draw_reconstructions
 from fastmim.window import Window
+from tests.launching import environment
 
 
 def record(step, loss=0.5):
@@ -112,3 +115,14 @@ def test_pictures_are_drawn_for_grey_colour_and_more_channels(tmp_path):
     with Image.open(tmp_path / "loss.png") as picture:
         assert picture.size == (770, 440)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_pictures_leave_the_plots_of_whoever_imports_us_alone():
+    """No global state of pyplot, whose backend a notebook chose; and a rank that draws nothing loads no matplotlib."""
+    code = (
+        "import sys, fastmim.trainer; assert 'matplotlib' not in sys.modules; "
+        "import fastmim.evaluate.cka, fastmim.evaluate.finetune, fastmim.evaluate.segment.run, "
+        "fastmim.evaluate.detect.pictures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -8,13 +8,9 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastmim.data.index import build_index
@@ -210,7 +206,8 @@ def _write(path: Path, scores: Tensor, columns: list[str]) -> None:
 
 def _draw(path: Path, scores: Tensor, columns: list[str], title: str) -> None:
     rows = len(scores)
-    figure, axis = plt.subplots(figsize=(1.8 + 0.7 * len(columns), 1.6 + 0.35 * rows))
+    figure = Figure(figsize=(1.8 + 0.7 * len(columns), 1.6 + 0.35 * rows), layout="tight")
+    axis = figure.subplots()
     image = axis.imshow(scores.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
     axis.set_yticks(range(rows), [f"layer {layer + 1}" for layer in range(rows)], fontsize=8)
@@ -219,9 +216,7 @@ def _draw(path: Path, scores: Tensor, columns: list[str], title: str) -> None:
         colour = "white" if score < 0.6 else "black"
         axis.text(column, row, f"{score:.2f}", ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(image, label="linear CKA")
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _places(scores: Tensor) -> list[tuple[int, int]]:

@@ -2,12 +2,8 @@
 
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 
 from fastmim.errors import ConfigError
 from fastmim.evaluate.finetune_training import Training
@@ -67,7 +63,8 @@ def _check_batches(job: Job) -> None:
 def draw_curve(job: Job, rows: list[dict[str, Any]]) -> None:
     """Draw accuracy against the number of trained blocks (MAE, figure 9)."""
     rows = sorted(rows, key=lambda row: row["trainable_blocks"])
-    figure, axis = plt.subplots(figsize=(4.8, 3.4))
+    figure = Figure(figsize=(4.8, 3.4), layout="tight")
+    axis = figure.subplots()
     places = range(len(rows))
     axis.plot(places, [100 * row["test_top1"] for row in rows], marker="o")
     # Evenly spaced, as in the paper: the first blocks change most.
@@ -78,6 +75,4 @@ def draw_curve(job: Job, rows: list[dict[str, Any]]) -> None:
     axis.margins(x=0.1, y=0.2)
     axis.set(xlabel=f"fine-tuned blocks of {job.trained.model.depth}", ylabel="test top-1, %")
     axis.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(job.folder / CURVE, dpi=110)
-    plt.close(figure)

@@ -4,12 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 _RANKS = 5
@@ -68,7 +64,8 @@ def draw_confusion(path: Path, matrix: Tensor, class_names: tuple[str, ...], tit
     shares = (matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
     n = len(class_names)
     side = 2.5 + min(0.32 * max(n, 4), 10)
-    figure, axis = plt.subplots(figsize=(side + 1, side))
+    figure = Figure(figsize=(side + 1, side), layout="tight")
+    axis = figure.subplots()
     image = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis")
     axis.set(xlabel="predicted", ylabel="right")
     axis.set_title(title, fontsize=8)
@@ -83,6 +80,4 @@ def draw_confusion(path: Path, matrix: Tensor, class_names: tuple[str, ...], tit
                 colour = "white" if share < 0.6 else "black"
                 axis.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=6, color=colour)
     figure.colorbar(image, label="share of the class")
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -5,12 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 SHOWN_SCORE = 0.5
@@ -40,14 +37,8 @@ class Sample:
 def draw_samples(path: Path, samples: list[Sample], categories: dict[int, str], title: str) -> None:
     """Draw a row an image: its annotated boxes, and the predicted ones from a score of one half on."""
     heights = [_WIDTH * each.image.shape[0] / each.image.shape[1] for each in samples]
-    figure, axes = plt.subplots(
-        len(samples),
-        2,
-        figsize=(2 * _WIDTH, sum(heights) + 1.0),
-        squeeze=False,
-        layout="constrained",
-        height_ratios=heights,
-    )
+    figure = Figure(figsize=(2 * _WIDTH, sum(heights) + 1.0), layout="constrained")
+    axes = figure.subplots(len(samples), 2, squeeze=False, height_ratios=heights)
     colour = _colours(categories)
     for row, each in zip(axes, samples, strict=True):
         image = each.image[..., 0] if each.image.shape[-1] != 3 else each.image
@@ -65,7 +56,6 @@ def draw_samples(path: Path, samples: list[Sample], categories: dict[int, str], 
     figure.legend(handles=patches, loc="outside lower center", ncols=min(5, len(patches)), fontsize=8)
     figure.suptitle(_plain(textwrap.fill(title, _LINE)), fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _draw_boxes(axis: Axes, boxes: np.ndarray, colours: list, scores: np.ndarray | None = None) -> None:
@@ -79,10 +69,8 @@ def _draw_boxes(axis: Axes, boxes: np.ndarray, colours: list, scores: np.ndarray
 
 
 def _colours(categories: dict[int, str]) -> dict[int, tuple]:
-    count = len(categories)
-    found = (
-        plt.get_cmap("tab10")(range(10)) if count <= 10 else plt.get_cmap("hsv")(np.linspace(0, 0.95, count))
-    )
+    count, maps = len(categories), matplotlib.colormaps
+    found = maps["tab10"](range(10)) if count <= 10 else maps["hsv"](np.linspace(0, 0.95, count))
     return dict(zip(categories, map(tuple, found), strict=False))
 
 

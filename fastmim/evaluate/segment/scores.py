@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
@@ -84,9 +81,8 @@ def draw_samples(path: Path, samples: list[Sample], class_names: tuple[str, ...]
     """Draw a row an image: itself, its mask, the prediction; black where no class is told."""
     kinds = len(class_names)
     colours = _colours(kinds)
-    figure, axes = plt.subplots(
-        len(samples), 3, figsize=(6.6, 2.1 * len(samples) + 0.9), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(6.6, 2.1 * len(samples) + 0.9), layout="constrained")
+    axes = figure.subplots(len(samples), 3, squeeze=False)
     for row, sample in zip(axes, samples, strict=True):
         image = sample.image[..., 0] if sample.image.shape[-1] != 3 else sample.image
         row[0].imshow(image, cmap="gray", vmin=0, vmax=255)
@@ -108,17 +104,16 @@ def draw_samples(path: Path, samples: list[Sample], class_names: tuple[str, ...]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(5, len(patches)), fontsize=8)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _colours(kinds: int) -> np.ndarray:
     """A colour a class, the first grey as backgrounds are; and, for `UNLABELLED`, black; float64 [K + 1, 3]."""
     if kinds <= 10:
-        found = plt.get_cmap("tab10")(np.arange(10))[:, :3]
+        found = matplotlib.colormaps["tab10"](np.arange(10))[:, :3]
         found[0] = 0.8
         found = found[:kinds]
     else:
-        found = plt.get_cmap("nipy_spectral")(np.linspace(0.05, 0.95, kinds))[:, :3]
+        found = matplotlib.colormaps["nipy_spectral"](np.linspace(0.05, 0.95, kinds))[:, :3]
     return np.concatenate([found, np.zeros((1, 3))])
 
 
