@@ -243,12 +243,13 @@ def _own_master(engine: DeepSpeedEngine, parameter: Tensor) -> Tensor | Master:
 def master_tensors(engine: DeepSpeedEngine) -> list[Tensor | Master]:
     """This rank's float32 masters: shards under ZeRO, whole parameters without."""
     optimizer = engine.optimizer
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-        if hasattr(optimizer, name):
-            return list(getattr(optimizer, name))
     if isinstance(optimizer, SplitAdamW):
         return list(optimizer.masters.values())
-    return list(engine.module.parameters())
+    if not engine.zero_optimization():
+        return list(engine.module.parameters())
+    # Stages 1 and 2; stage 3; and stage 1 that sums gradients in another dtype than bf16.
+    names = "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"
+    return list(next(getattr(optimizer, name) for name in names if hasattr(optimizer, name)))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
