@@ -84,6 +84,8 @@ class Trainer:
         self.run_folder = Path(config.output)
         micro_batch = config.micro_batch(ranks.world_size)
         self.precision = precision = choose_precision(config.train.precision, ranks.device)
+        if ranks.device.type == "cuda":
+            torch.cuda.set_device(ranks.device)  # where an attention is tried out
         attention = choose_attention(config.train.attention, ranks.device.type, precision)
         check_sinks(config)
         start_distributed(ranks)
