@@ -212,6 +212,8 @@ def main(arguments: list[str] | None = None) -> None:
     os.chdir(ROOT)
     source = args.data or str(write_photographs(Path("data/benchmark/q90"), 512, 90))
     words = [args.recipe, f"data.source={source}", f"optim.batch_size={args.batch}", *args.overrides]
+    if (passes := recipes.load(words[0], words[1:]).optim.accumulation) > 1:
+        parser.error(f"optim.accumulation={passes}; expected 1, since the bare step has one batch")
     rows = compare(words, args)
     told = profile(words, max(RECORDED, args.steps))
     stored = report.store("end_to_end", rows, args, profile=told)

@@ -83,7 +83,8 @@ class Launched:
     """A run of launch.py, without checkpoints, that stands still between its turns.
 
     Its process and all that it started are stopped by a signal as soon as a record is there, and go on where they were:
-    neither computes or loads ahead while another contender has its turn.
+    they neither compute nor load ahead while another contender has its turn. A GPU still does what was queued in the
+    millisecond before the signal, so turns there have to be long.
 
     Args:
         words: the recipe, then its `key=value` overrides.
