@@ -42,6 +42,9 @@ OWNED = {
 BUCKET_SIZE = 500_000_000
 """DeepSpeed's default of `reduce_bucket_size`, in numbers."""
 
+OVERLAPPED_BUCKET = 50_000_000
+"""Numbers of a bucket that is summed during the backward pass: several of a ViT-L, each large enough for a network."""
+
 
 def offloads_optimizer(fragment: dict[str, Any]) -> bool:
     """Whether the optimiser's state is kept off the device."""
@@ -58,6 +61,27 @@ def stage_in_effect(fragment: dict[str, Any], precision: str, world_size: int) -
     stage = fragment.get("zero_optimization", {}).get("stage", 0)
     alone = world_size == 1 and stage < 3 and precision != "fp16" and not offloads_optimizer(fragment)
     return 0 if alone else stage
+
+
+def sum_dtype(fragment: dict[str, Any]) -> str | None:
+    """What the gradients of several backward passes are asked to be summed in."""
+    return (fragment.get("data_types") or {}).get("grad_accum_dtype")
+
+
+def bucket_settings(sizes: list[int], world_size: int, on_cpu: bool) -> dict[str, Any]:
+    """How ZeRO sums gradients over the ranks, unless the fragment says it.
+
+    DeepSpeed allocates a bucket whole in every step, and sums it when it is full. On GPUs buckets fill, and are summed,
+    while the backward pass goes on; on CPUs, whose cores do both, all gradients are summed at once.
+
+    Args:
+        sizes: numbers of each parameter.
+        world_size: of the run.
+        on_cpu: where the ranks compute.
+    """
+    if on_cpu or world_size == 1:
+        return {"reduce_bucket_size": min(BUCKET_SIZE, sum(sizes))}
+    return {"overlap_comm": True, "reduce_bucket_size": min(sum(sizes), max(OVERLAPPED_BUCKET, *sizes))}
 
 
 def check_fragment(fragment: dict[str, Any]) -> None:

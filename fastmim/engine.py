@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from fastmim.config import Config
-from fastmim.deepspeed_fragment import BUCKET_SIZE, offloads_optimizer, stage_in_effect
+from fastmim.deepspeed_fragment import bucket_settings, offloads_optimizer, stage_in_effect, sum_dtype
 from fastmim.errors import ConfigError
 from fastmim.heap import keep_heap
 from fastmim.optim import GuardedAdamW, parameter_groups
@@ -26,6 +26,8 @@ def deepspeed_config(config: Config, precision: str, micro_batch: int) -> dict[s
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": config.optim.accumulation,
         "steps_per_print": 10**9,  # this engine logs itself
+        # DeepSpeed's own timer, of which nobody reads, waits for the device before and after every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
         "gradient_clipping": config.optim.clip_grad or 0.0,  # left out, DeepSpeed clips to a norm of 1
     }
     if precision in ("bf16", "fp16"):
@@ -41,12 +43,18 @@ def check_fragment(config: Config, precision: str, micro_batch: int) -> None:
             "deepspeed.zero_optimization.stage=0 with fp16, whose loss DeepSpeed scales under ZeRO only; expected "
             "stage 1, 2 or 3"
         )
-    wanted = (config.deepspeed.get("data_types") or {}).get("grad_accum_dtype")
-    whole = stage_in_effect(config.deepspeed, precision, world_size) == 0 and world_size > 1
-    if whole and precision == "bf16" and wanted not in (None, "bf16"):
+    wanted = sum_dtype(config.deepspeed)
+    whole = stage_in_effect(config.deepspeed, precision, world_size) == 0
+    if whole and precision == "bf16" and world_size > 1 and wanted not in (None, "bf16"):
         raise ConfigError(
             f"deepspeed.data_types.grad_accum_dtype={wanted!r} with deepspeed.zero_optimization.stage=0 on "
             f"{world_size} ranks, which sum in bf16; expected stage 1, 2 or 3"
+        )
+    known = (None, "fp32", precision)
+    if wanted not in known:
+        raise ConfigError(
+            f"deepspeed.data_types.grad_accum_dtype={wanted!r} with precision {precision}; expected "
+            f"{' or '.join(dict.fromkeys(known[1:]))}"
         )
     try:
         DeepSpeedConfig(deepspeed_config(config, precision, micro_batch))
@@ -98,16 +106,17 @@ def build_engine(
         # Where the optimiser's state belongs; ZeRO makes its own, after DeepSpeed has moved the parameters.
         objective.to(Ranks().device)
         completed["gradient_clipping"] = 0.0  # the optimiser clips
-        completed.pop("zero_optimization", None)
-        completed.pop("bf16", None)
+        for key in ("zero_optimization", "bf16", "data_types"):
+            completed.pop(key, None)
     else:
-        sizes = {"reduce_bucket_size": _bucket_size(objective)}
-        completed["zero_optimization"] = sizes | completed["zero_optimization"]
+        sizes = [parameter.numel() for parameter in objective.parameters()]
+        unless_told = bucket_settings(sizes, world_size, Ranks().device.type == "cpu")
+        completed["zero_optimization"] = unless_told | completed["zero_optimization"]
     alone = world_size == 1
     if stage == 0 and precision == "bf16":
         for parameter in objective.parameters():
             parameter.data = parameter.data.bfloat16()
-        several = alone and config.optim.accumulation > 1
+        several = alone and config.optim.accumulation > 1 and sum_dtype(config.deepspeed) != "bf16"
         optimizer = SplitAdamW(groups, config.optim.clip_grad, sum_in_float32=several, **options)
     elif stage == 0:
         optimizer = GuardedAdamW(groups, config.optim.clip_grad, **options)
@@ -124,8 +133,3 @@ def build_engine(
     if stage == 0 and alone:
         engine.enable_backward_allreduce = False
     return engine
-
-
-def _bucket_size(objective: nn.Module) -> int:
-    """Numbers in ZeRO's buckets, which it allocates whole in every step: DeepSpeed's default, or all there are."""
-    return min(BUCKET_SIZE, sum(parameter.numel() for parameter in objective.parameters()))

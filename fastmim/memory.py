@@ -10,7 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from fastmim.config import Config
-from fastmim.deepspeed_fragment import BUCKET_SIZE, offloads_optimizer, stage_in_effect
+from fastmim.deepspeed_fragment import (
+    BUCKET_SIZE,
+    bucket_settings,
+    offloads_optimizer,
+    stage_in_effect,
+    sum_dtype,
+)
 from fastmim.errors import ConfigError
 from fastmim.objectives import build_objective
 from fastmim.split_adamw import CHUNKS
@@ -104,6 +110,7 @@ def predict_memory(
     offloads = not on_cpu and offloads_optimizer(config.deepspeed)
     # One rank sums the gradients of several backward passes in float32.
     summed = split and world_size == 1 and config.optim.accumulation > 1
+    summed = summed and sum_dtype(config.deepspeed) != "bf16"
     if split:
         # Two float32 numbers, or a gradient and the 16 bits of a parameter.
         update = (8 if on_cpu else 6 if summed else 4) * min(count, CHUNKS["cpu" if on_cpu else "cuda"])
@@ -117,7 +124,7 @@ def predict_memory(
         parameters=(count // world_size + whole if stage == 3 else count) * item,
         gathered=min(count - whole, _LIVE_PARAMETERS) * item if stage == 3 else 0,
         gradients=count // shards * (4 if summed else item),
-        buckets=_bucket(config, count, world_size, stage, on_cpu) * item,
+        buckets=_buckets(config, sizes, world_size, stage, on_cpu) * item,
         optimiser=(0 if offloads else (8 + copies) * count // shards) + average,
         update=update,
         activations=activations,
@@ -125,12 +132,15 @@ def predict_memory(
     )
 
 
-def _bucket(config: Config, count: int, world_size: int, stage: int, on_cpu: bool) -> int:
-    """Numbers in the buffer that gradients are summed in."""
-    fitted = min(BUCKET_SIZE, count)
+def _buckets(config: Config, sizes: list[int], world_size: int, stage: int, on_cpu: bool) -> int:
+    """Numbers in the buffers that gradients are summed in."""
+    count = sum(sizes)
     if stage == 0:
-        return fitted if world_size > 1 else 0
-    size = int(config.deepspeed["zero_optimization"].get("reduce_bucket_size", fitted))
+        return min(BUCKET_SIZE, count) if world_size > 1 else 0
+    zero = bucket_settings(sizes, world_size, on_cpu) | config.deepspeed["zero_optimization"]
+    size = int(zero["reduce_bucket_size"])
+    # One is filled while another is summed.
+    size *= 2 if stage < 3 and zero.get("overlap_comm") else 1
     return min(size, count) if on_cpu else size
 
 

@@ -1,5 +1,6 @@
 """launch.py on real images: ranks, ZeRO stages, sources, kernels, precisions and bad luck."""
 
+import functools
 import io
 import json
 import subprocess
@@ -8,10 +9,13 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from fastmim import recipes
 from fastmim.engine import deepspeed_config
+from fastmim.manifest import EMA_WEIGHTS, WEIGHTS, checkpoint_path
 from tests.launching import (
     TINY_YAML,
     environment,
@@ -156,6 +160,47 @@ def test_a_sum_in_float32_without_zero_is_refused_where_ranks_sum_in_bf16(recipe
     assert done.returncode == 2 and "grad_accum_dtype='fp32' with deepspeed.zero" in done.stdout
 
 
+@pytest.mark.parametrize("wanted", ["bf16", "fp16"])
+def test_a_sum_in_fewer_bits_than_float32_has_is_refused(recipe, wanted):
+    done = launch(
+        recipe,
+        "data.source=images",
+        "output=sums",
+        f"deepspeed={{data_types: {{grad_accum_dtype: {wanted}}}}}",
+    )
+    assert done.returncode == 2
+    assert f"grad_accum_dtype='{wanted}' with precision fp32; expected fp32" in done.stdout
+
+
+WAITS = """
+import sys
+from deepspeed.accelerator import get_accelerator
+waits = []
+get_accelerator().synchronize = lambda *_: waits.append(1)
+import fastmim.trainer as trainer
+from fastmim import recipes
+code = trainer.train(recipes.load(sys.argv[1], sys.argv[2:]))
+print(f"{len(waits)} waits")
+sys.exit(code)
+"""
+
+
+def test_deepspeed_does_not_wait_for_the_device_in_a_step(recipe):
+    """Its own timer would, twice in every micro-batch from the third step on."""
+    (recipe.parent / "waits.py").write_text(WAITS)
+    words = ["data.source=images", "output=waits", "train.max_steps=6", "optim.accumulation=2"]
+    done = subprocess.run(
+        [sys.executable, "waits.py", recipe.name, *words],
+        cwd=recipe.parent,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\n0 waits" in f"\n{done.stdout}"
+
+
 BF16 = [*FULL, "train.precision=bf16"]
 
 
@@ -168,11 +213,47 @@ def test_bf16_follows_fp32(full_fp32, one_rank_bf16):
     np.testing.assert_allclose(one_rank_bf16, full_fp32, rtol=0.03)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_bf16_is_the_same_on_two_ranks(recipe, one_rank_bf16, stage):
+AVERAGED = ["deepspeed.zero_optimization.stage=1", "optim.accumulation=2", "train.ema_decay=0.5"]
+ON_TWO_RANKS = {
+    "0": ["deepspeed.zero_optimization.stage=0"],
+    "1": AVERAGED,
+    "1_sums_in_float32": [*AVERAGED, "deepspeed.data_types={grad_accum_dtype: fp32}"],
+    # Buckets of a few parameters, as on GPUs: they are summed while the backward pass goes on.
+    "2_overlapped": ["deepspeed.zero_optimization={stage: 2, overlap_comm: true, reduce_bucket_size: 5000}"],
+    "3": ["deepspeed.zero_optimization.stage=3"],
+}
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(recipe):
+    """The run of a variant and its records."""
+
+    @functools.cache
+    def run(variant):
+        output = f"bf16_{variant}"
+        got = train(recipe, *BF16, f"output={output}", *ON_TWO_RANKS[variant], ranks=2)
+        return recipe.parent / output, got
+
+    return run
+
+
+@pytest.mark.parametrize("variant", ON_TWO_RANKS)
+def test_bf16_is_the_same_on_two_ranks(on_two_ranks, one_rank_bf16, variant):
     """Two ranks go through DeepSpeed's optimisers, one does not where it has nothing to shard."""
-    got = train(recipe, *BF16, f"output=bf16_{stage}", f"deepspeed.zero_optimization.stage={stage}", ranks=2)
-    np.testing.assert_allclose(losses(got), one_rank_bf16, rtol=2e-3)
+    np.testing.assert_allclose(losses(on_two_ranks(variant)[1]), one_rank_bf16, rtol=2e-3)
+
+
+def test_the_average_is_of_the_masters_of_either_optimiser(on_two_ranks):
+    """Of float32 numbers, which move by less than bfloat16 can tell, and not of what is trained."""
+    runs = [on_two_ranks(variant)[0] for variant in ("1", "1_sums_in_float32")]
+    averages, weights = (
+        [load_file(checkpoint_path(run, 10) / file) for run in runs] for file in (EMA_WEIGHTS, WEIGHTS)
+    )
+    assert averages[0].keys() == weights[0].keys()
+    for name, average in averages[0].items():
+        torch.testing.assert_close(averages[1][name], average, rtol=0, atol=2e-3)
+    moved = [(averages[1][name] - weights[1][name]).abs().max() for name in weights[1]]
+    assert min(moved) >= 0 and max(moved) > 1e-4
 
 
 def test_clipping_bounds_the_step(recipe, one_rank):
