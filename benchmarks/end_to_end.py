@@ -112,15 +112,17 @@ def compare(words: list[str], args: argparse.Namespace) -> list[dict]:
     samples: dict[str, list[float]] = {"bare step": [], "launch.py": []}
     with Worker(build_bare, words) as bare, Launched(words, args.steps, WARMUP, args.rounds) as launched:
         report.require_same({"launch.py": wanted, "bare step": bare.step(compiled=True)}, 1e-3)
-        take_turn = functools.partial(
+        bare_turn = functools.partial(
             bare.measure_step, functools.partial(seconds_of, steps=args.steps), compiled=True
         )
         for _ in range(-(-(WARMUP - 1) // args.steps)):
-            take_turn()
+            bare_turn()
+        turns = {"bare step": bare_turn, "launch.py": launched.turn}
         for number in range(args.rounds):
             print(f"round {number + 1} of {args.rounds} ...", file=sys.stderr, flush=True)
-            samples["bare step"].append(take_turn() / args.steps)
-            samples["launch.py"].append(launched.turn() / args.steps)
+            # The one that was second is first: what came before a turn slows both alike.
+            for name in list(turns)[:: 1 if number % 2 else -1]:
+                samples[name].append(turns[name]() / args.steps)
             rate.measure(precision)
         memory = {"bare step": bare.measure_step(memory_of), "launch.py": recorded["memory"]}
     batch, flops = config.optim.batch_size, build_objective(config).step_flops() * config.optim.batch_size
@@ -150,10 +152,11 @@ def compare(words: list[str], args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def interval(bare: dict, launched: dict) -> tuple[float, float]:
-    """Where the median of what launch.py takes more lies, of the rounds of two rows."""
-    more = [ratio - 1 for ratio in harness.ratios(launched["samples"], bare["samples"])]
-    return harness.median_interval(more)
+def interval(bare: dict, row: dict) -> str:
+    """Where the median of what a row takes more than the bare step lies; a dash where too few rounds tell."""
+    more = [ratio - 1 for ratio in harness.ratios(row["samples"], bare["samples"])]
+    found = harness.median_interval(more) if row is not bare else None
+    return "–" if found is None else f"{found[0]:+.1%} to {found[1]:+.1%}"
 
 
 def tables(stored: dict) -> dict[str, str]:
@@ -165,8 +168,7 @@ def tables(stored: dict) -> dict[str, str]:
         shares = [
             f"{row[key]:+.2%}" if key in row else "–" for key in ("overhead", "data_wait", "checkpoint_share")
         ]
-        least, most = interval(stored["rows"][0], row) if "overhead" in row else (None, None)
-        shares[1:1] = ["–" if most is None else f"{least:+.1%} to {most:+.1%}", str(len(row["samples"]))]
+        shares[1:1] = [interval(stored["rows"][0], row), str(len(row["samples"]))]
         lines.append(
             [
                 *(row["variant"], row["size"], row["dtype"], f"{1e3 * row['median_s']:.1f}"),
@@ -218,9 +220,8 @@ def main(arguments: list[str] | None = None) -> None:
     told = profile(words, max(RECORDED, args.steps))
     stored = report.store("end_to_end", rows, args, profile=told)
     print("\n\n".join(tables(stored).values()))
-    least, most = interval(*rows)
     print(
-        f"launch.py takes {rows[1]['overhead']:+.2%} more than its bare step ({least:+.2%} to {most:+.2%}), and "
+        f"launch.py takes {rows[1]['overhead']:+.2%} more than its bare step ({interval(*rows)}), and "
         f"{rows[1]['checkpoint_share']:.2%} for checkpoints; target at most {TARGET:.0%}"
     )
     if args.plot:

@@ -145,14 +145,14 @@ def ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(ratios(numerator, denominator))
 
 
-def median_interval(samples: list[float]) -> tuple[float, float]:
+def median_interval(samples: list[float]) -> tuple[float, float] | None:
     """Where the median of what was sampled lies, with 95 % confidence: two of the samples, by the normal approximation.
 
-    Of fewer than six no two samples tell that; they are the least and the most.
+    Of fewer than six no two samples tell that.
     """
     ordered = sorted(samples)
-    place = max(0, int((len(ordered) - 1.96 * math.sqrt(len(ordered))) / 2))
-    return ordered[place], ordered[-1 - place]
+    place = int((len(ordered) - 1.96 * math.sqrt(len(ordered))) / 2)
+    return (ordered[place], ordered[-1 - place]) if len(ordered) >= 6 else None
 
 
 def measure_copy_bandwidth(rounds: int = 20) -> float:

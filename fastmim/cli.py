@@ -216,10 +216,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(word: str) -> int:
-    number = int(word)
-    if number < 1:
-        raise ValueError
-    return number
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word}; expected an integer > 0")
+    return int(word)
 
 
 def _config(args: argparse.Namespace) -> None:
@@ -229,6 +228,8 @@ def _config(args: argparse.Namespace) -> None:
 def _index(args: argparse.Namespace) -> None:
     from fastmim.data.index import build_index
 
+    if other := [word for word in args.overrides if not word.startswith("data.")]:
+        raise ConfigError(f"{other[0]}: an index depends on data alone; expected data.key=value")
     config = recipes.override(args.overrides).data
     index = build_index(args.source, config, refresh=args.refresh, option="SOURCE")
     print(index.summary(len(index.rejected)) if args.all else index.summary())

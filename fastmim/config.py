@@ -70,8 +70,12 @@ class ModelConfig(Section):
                 raise ValueError(f"model.size=None needs model.{', model.'.join(missing)}")
             return values
         # An unknown size is reported once, by its own field.
-        width, depth, heads = MODEL_SIZES.get(str(size), MODEL_SIZES["base"])
-        return {"width": width, "depth": depth, "heads": heads, **values}
+        preset = dict(
+            zip(("width", "depth", "heads"), MODEL_SIZES.get(str(size), MODEL_SIZES["base"]), strict=True)
+        )
+        return preset | {
+            key: value for key, value in values.items() if value is not None or key not in preset
+        }
 
     @model_validator(mode="after")
     def _heads_divide_width(self):
@@ -91,9 +95,13 @@ class OptimConfig(Section):
     min_lr: float = Field(0.0, ge=0)
     """Learning rate at the end of the cosine."""
     epochs: float = Field(800, gt=0)
+    """Length of the run, in passes over the set."""
     warmup_epochs: float = Field(40, ge=0)
+    """Of those, the first, in which the learning rate rises from 0."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay of AdamW's averages of the gradient and of its square."""
     eps: float = Field(1e-8, gt=0)
+    """What AdamW adds to the root of the latter."""
     weight_decay: float = Field(0.05, ge=0)
     """Not applied to 1-d parameters and tokens."""
     clip_grad: float | None = Field(None, gt=0)
@@ -126,6 +134,7 @@ class TrainConfig(Section):
     """How the steps are computed."""
 
     seed: int = Field(0, ge=0, lt=2**63)
+    """Of initial weights, order, crops, masks and drops: the same seed is the same run."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto is bf16 where the hardware computes it, else fp32."""
     attention: Literal["auto", "xformers", "sdpa", "matmul"] = "auto"
@@ -150,7 +159,9 @@ class CheckpointConfig(Section):
     """When to save, and how much to keep."""
 
     every_steps: Positive | None = None
+    """Save when so many steps are done; null goes by the clock alone."""
     every_minutes: float | None = Field(30, gt=0)
+    """Save when so much time has passed since the last save; null goes by steps alone. The last step is saved too."""
     keep: int = Field(2, gt=0)
     """Newest checkpoints kept."""
 
@@ -159,13 +170,17 @@ class LogConfig(Section):
     """What a run tells while it goes on."""
 
     every_steps: int = Field(20, gt=0)
+    """Steps that a record of `metrics.jsonl` is the mean of."""
     tensorboard: bool = True
+    """Write records and pictures for TensorBoard too, below the output folder."""
     wandb: bool = False
+    """Send records to Weights & Biases too (`pip install wandb`)."""
     reconstruct_every_steps: Positive | None = None
     """Draw reconstructions this often, and at the end; null draws none."""
     images: str | None = None
     """Held-out images to reconstruct, a source like data.source; null uses the first ones of data.source."""
     n_images: int = Field(8, gt=0)
+    """How many images are reconstructed."""
 
 
 class Config(Section):

@@ -24,11 +24,13 @@ class DataConfig(Section):
     image_size: HeightWidth = (224, 224)
     """Height and width in pixels of what the model sees."""
     channels: int = Field(3, gt=0)
+    """What a pixel holds: files become 1 (grey) or 3 (RGB), RGBA ones 4; arrays have any number."""
     mean: PerChannel = Field(default=None)  # type: ignore[assignment]
     """Per channel, in units where white is 1; ImageNet's for 3 channels, else 0.5, unless given."""
     std: PerChannel = Field(default=None)  # type: ignore[assignment]
     """Likewise; ImageNet's for 3 channels, else 0.25, unless given."""
     crop: Literal["random_resized_crop", "center_crop"] = "random_resized_crop"
+    """A window of random area, place and aspect; or the largest one in the middle, the same every time."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Area of a random crop over the image's area, lowest and highest."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
@@ -36,6 +38,7 @@ class DataConfig(Section):
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     color_jitter: ColorJitter | None = None
+    """A random colour change, such as {brightness: 0.4}; null makes none."""
     samples_per_epoch: Positive | None = None
     """Images that make an epoch; the size of the set unless given."""
     max_bad_fraction: float = Field(0.01, ge=0, lt=1)
@@ -62,7 +65,7 @@ class DataConfig(Section):
         of_imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
         return {
             **(of_imagenet if channels == 3 else {"mean": [0.5] * channels, "std": [0.25] * channels}),
-            **values,
+            **{key: value for key, value in values.items() if value is not None or key not in of_imagenet},
         }
 
     @model_validator(mode="after")

@@ -16,8 +16,11 @@ class _WithDecoder(Section):
     """An objective whose decoder has a width of its own."""
 
     decoder_width: int = Field(512, gt=0)
+    """Token dimension of the decoder."""
     decoder_depth: int = Field(8, gt=0)
+    """Its number of blocks."""
     decoder_heads: int = Field(16, gt=0)
+    """Attention heads of each."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self):

@@ -1,5 +1,6 @@
 """What a recipe's `deepspeed:` fragment may hold, checked without importing DeepSpeed."""
 
+import difflib
 from typing import Any
 
 # DeepSpeed ignores an unknown top-level key silently, so the accepted ones are listed here.
@@ -94,13 +95,20 @@ def check_fragment(fragment: dict[str, Any]) -> None:
         if key in OWNED:
             raise ValueError(f"deepspeed.{key} is set by {OWNED[key]}; set it there")
         if key not in KEYS:
-            raise ValueError(f"deepspeed.{key}: unknown key; expected one of {', '.join(sorted(KEYS))}")
+            close = difflib.get_close_matches(str(key), KEYS, n=1)
+            hint = f"did you mean deepspeed.{close[0]}? " if close else ""
+            raise ValueError(f"deepspeed.{key}: unknown key; {hint}expected one of {', '.join(sorted(KEYS))}")
     zero = fragment.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ValueError(f"deepspeed.zero_optimization={zero!r}; expected a mapping such as {{stage: 2}}")
     stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise ValueError(f"deepspeed.zero_optimization.stage={stage!r}; expected 0, 1, 2 or 3")
+    for key in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(key) or {}, dict):
+            raise ValueError(
+                f"deepspeed.zero_optimization.{key}={zero[key]!r}; expected a mapping such as {{device: cpu}}"
+            )
     if stage == 0 and offloads_optimizer(fragment):
         raise ValueError(
             "deepspeed.zero_optimization.offload_optimizer without ZeRO; "

@@ -7,6 +7,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from torch import nn
 
@@ -60,8 +61,13 @@ def check_fragment(config: Config, precision: str, micro_batch: int) -> None:
         DeepSpeedConfig(deepspeed_config(config, precision, micro_batch))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"deepspeed: {error.title}: {key}={first['input']!r}: {first['msg']}") from None
+        section = "zero_optimization" if error.title == "DeepSpeedZeroConfig" else error.title
+        key = ".".join(map(str, ("deepspeed", section, *first["loc"])))
+        if first["type"] != "extra_forbidden":
+            raise ConfigError(f"{key}={first['input']!r}: {first['msg']}") from None
+        known = f"; expected one of {', '.join(DeepSpeedZeroConfig.model_fields)}"
+        known = known if section == "zero_optimization" else ""
+        raise ConfigError(f"{key}={first['input']!r}: unknown key{known}") from None
     except Exception as error:  # DeepSpeed raises a type of its own for each section
         raise ConfigError(f"deepspeed: {config.deepspeed} was refused: {error}") from None
 

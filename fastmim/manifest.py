@@ -113,6 +113,10 @@ def lock(run: Path) -> IO[str]:
     Raises:
         CheckpointError: another process holds it.
     """
+    if run.exists() and not run.is_dir():
+        raise CheckpointError(
+            f"{run} is a file; expected a folder to write to, or a path where one can be made"
+        )
     run.mkdir(parents=True, exist_ok=True)
     file = (run / ".lock").open("a+")
     try:
@@ -230,6 +234,10 @@ def find(run: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
         CheckpointError: PATH holds none, `none` would mix two runs in one folder, or `auto` finds damaged ones only.
     """
     if resume not in ("auto", "none"):
+        if not Path(resume).exists():
+            raise CheckpointError(
+                f"--resume {resume} does not exist; expected auto, none, a run or a checkpoint directory"
+            )
         own = newest_whole(run)
         if own is not None and own[1].get("state", {}).get("begun_from") == begun_from(resume):
             logger.info("%s has begun from %s and goes on from its own newest checkpoint", run, resume)

@@ -36,6 +36,11 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path):
     assert capsys.readouterr().err.startswith(
         "fastmim config: optim.epoch=3: unknown key; did you mean optim.epochs?"
     )
+    assert main(["index", str(tmp_path), "optim.batch_size=3"]) == 2
+    assert "optim.batch_size=3: an index depends on data alone" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["profile", "quickstart", "--steps", "0"])
+    assert "argument --steps: 0; expected an integer > 0" in capsys.readouterr().err
     assert main(["index", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
     out = str(tmp_path / "x.png")

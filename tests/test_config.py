@@ -57,6 +57,25 @@ BAD = [
     ("objective.kept_mask_ratio=0.5", "objective.kept_mask_ratio=0.5 with objective.decoder='self'"),
     ("objective.temperature=1", "objective.temperature=1: unknown key; expected one of decoder_width, "),
     ("objective.name=meh", "objective.name='meh'; expected one of mae, simmim, beit, "),
+    ("data.flip=true", "data.flip=True; expected a number >= 0 and <= 1"),
+    ("optim.accumulation=true", "optim.accumulation=True; expected an integer > 0"),
+    ("train.max_steps=no", "train.max_steps=False; expected an integer > 0"),
+    ("objective.decoder_depth=true", "objective.decoder_depth=True; expected an integer > 0"),
+    ("log.wandb=maybe", "log.wandb='maybe'; expected true or false"),
+    ("data.image_size=224,224", "data.image_size='224,224'; expected a list, as '[1, 2]'"),
+    ("data.image_size=[224,160,3]", "data.image_size=[224, 160, 3]; expected 2 values"),
+    ("optim.betas=[0.9]", "optim.betas=[0.9]; expected 2 values"),
+    ("optim.betas=[0.9,", "what has spaces needs quotes, as 'optim.betas=[1, 2]'"),
+    ("train=3", "train=3; expected a mapping of keys"),
+    ("deepspeed=3", "deepspeed=3; expected a mapping, as '{key: value}'"),
+    (
+        "deepspeed.zero_optimization.offload_optimizer=cpu",
+        "deepspeed.zero_optimization.offload_optimizer='cpu'; expected a mapping such as {device: cpu}",
+    ),
+    (
+        "deepspeed.zero_optimisation.stage=2",
+        "deepspeed.zero_optimisation: unknown key; did you mean deepspeed.zero_optimization?",
+    ),
     ("no_equals_sign", "'no_equals_sign' is not an override; expected key.sub=value"),
     ("optim.blr.x=1", "optim.blr.x=1: optim.blr holds 0.00015, not a section"),
     ("optim=[1", "optim='[1': the value is not YAML"),
@@ -180,6 +199,19 @@ def test_unknown_recipe_lists_the_known():
         ConfigError, match=r"--config mae_vit_bass: unknown recipe; expected one of .*mae_vit_base, "
     ):
         recipes.load("mae_vit_bass")
+
+
+def test_null_is_what_a_recipe_does_without(tmp_path):
+    told = recipes.load(
+        "mae_vit_base", ["data.channels=1", "data.mean=null", "data.std=null", "model.width=null"]
+    )
+    assert told.data.mean == [0.5] and told.data.std == [0.25] and told.model.width == 768
+
+
+def test_a_key_that_stands_twice_is_named(tmp_path):
+    (tmp_path / "twice.yaml").write_text("optim:\n  blr: 1\n  epochs: 3\n  blr: 2\n")
+    with pytest.raises(ConfigError, match=r"twice\.yaml: not YAML: blr twice in a section"):
+        recipes.load(str(tmp_path / "twice.yaml"))
 
 
 def test_file_problems_are_named(tmp_path):

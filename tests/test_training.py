@@ -345,14 +345,20 @@ def test_non_finite_steps_are_skipped_then_the_run_aborts(recipe, precision, sta
         (["mask.ratio=2"], "mask.ratio=2; expected a number > 0 and < 1"),
         (["data.source=nowhere"], "nowhere"),
         (["train.attention=xformers"], "train.attention='xformers' on cpu: it runs on CUDA only"),
-        (["deepspeed.zero_optimization.stagee=1"], "stagee=1: Extra inputs are not permitted"),
+        (
+            ["deepspeed.zero_optimization.stagee=1"],
+            "deepspeed.zero_optimization.stagee=1: unknown key; expected one of stage, ",
+        ),
         (["deepspeed.flops_profiler=5"], "deepspeed: {'flops_profiler': 5} was refused"),
-        (["output=tiny.yaml"], "tiny.yaml"),
+        (["output=tiny.yaml"], "tiny.yaml is a file; expected a folder to write to"),
         (["optim.epochs=0.001", "optim.warmup_epochs=0"], "optim.epochs=0.001 of 24 images make no step"),
         (["optim.batch_size=9"], "optim.batch_size=9; expected a multiple of 2 (2 ranks x"),
         (["log.wandb=true"], "log.wandb=true: wandb is not installed; pip install wandb"),
         (["train.precision=fp16"], "train.precision='fp16': this cpu does not compute it"),
-        (["--resume", "nowhere"], "nowhere does not exist; expected a run or a checkpoint directory"),
+        (
+            ["--resume", "nowhere"],
+            "--resume nowhere does not exist; expected auto, none, a run or a checkpoint",
+        ),
     ],
 )
 def test_bad_input_ends_in_one_line_and_exit_code_2(recipe, arguments, message):

@@ -102,7 +102,7 @@ class Index:
         lines = [f"{self.root}: {len(self):,} images ({self.kind}), {size} pixels"]
         lines[0] += f", {self.sizes.sum() / 2**20:,.1f} MiB"
         if self.class_names:
-            lines.append(f"{len(self.class_names):,} classes")
+            lines.append(f"{len(self.class_names):,} class{'es' if len(self.class_names) > 1 else ''}")
         if self.rejected:
             lines.append(f"{len(self.rejected):,} left out:")
             lines += [f"  {location}: {reason}" for location, reason in self.rejected[:listed]]
@@ -236,7 +236,10 @@ def _index_npy(path: str, config: DataConfig) -> Index:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read as an .npy array ({error})") from error
+        with open(path, "rb") as file:
+            named = file.read(6) == b"\x93NUMPY"
+        why = error if named else "it does not begin as one"
+        raise DataError(f"{path} cannot be read as an .npy array ({why})") from error
     channels = array.shape[3] if array.ndim == 4 else 1
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or not array.size:
         raise DataError(

@@ -19,6 +19,9 @@ from fastmim.errors import CheckpointError, ConfigError
 
 _FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
+_OF_OTHER_FILES = LookupError, TypeError, AttributeError, AssertionError
+"""What PyTorch's unpickler raises of a text, whose letters it takes for instructions."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -47,7 +50,7 @@ def read_found(path: Path) -> Found:
         return _read_folder(path)
     if not path.is_file():
         raise CheckpointError(
-            f"{path} does not exist; expected a file of weights or a folder of transformers"
+            f"{path} does not exist; expected a file of weights, a run, or a folder of transformers"
         )
     if path.suffix == ".safetensors":
         return Found(path, *read_safetensors(path))
@@ -100,7 +103,7 @@ def _read_pickled(path: Path) -> Found:
         # facebookresearch/mae saves its arguments too; a Namespace holds values and runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, *_OF_OTHER_FILES) as error:
         raise CheckpointError(_why_refused(path, error)) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict")

@@ -1,17 +1,16 @@
 """Recipes: YAML files of this folder, resolved with `key=value` overrides into a `Config`."""
 
-import difflib
 import re
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from fastmim.config import Config
-from fastmim.config_objective import OBJECTIVES
+from fastmim.config_errors import explain, leaves, truths_for_numbers
 from fastmim.errors import ConfigError
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -46,11 +45,11 @@ def load(recipe: str, overrides: list[str] | None = None) -> Config:
 def load_with_sources(recipe: str, overrides: list[str] | None = None) -> tuple[Config, dict[str, str]]:
     """Like `load`, with a map from each key that was set to where it was set."""
     values = _read(recipe, "--config", _RUNS, names())
-    sources = dict.fromkeys(_leaves(values), recipe)
+    sources = dict.fromkeys(leaves(values), recipe)
     for key, value in _apply(values, overrides or []):
         sources = {k: v for k, v in sources.items() if k != key and not k.startswith(f"{key}.")}
-        sources |= dict.fromkeys(_leaves({key: value}), "command line")
-    held = set(_leaves(values))
+        sources |= dict.fromkeys(leaves({key: value}), "command line")
+    held = set(leaves(values))
     return build(values), {key: source for key, source in sources.items() if key in held}
 
 
@@ -105,10 +104,12 @@ def build(values: dict[str, Any]) -> Config:
 
 def build_as(schema: type[Schema], values: dict[str, Any]) -> Schema:
     """Like `build`, for another root than a run's configuration."""
+    if lines := truths_for_numbers(values, schema):
+        raise ConfigError("; ".join(lines))
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(detail, schema) for detail in error.errors())) from None
+        raise ConfigError("; ".join(explain(detail, schema) for detail in error.errors())) from None
 
 
 def dump(config: Config, sources: dict[str, str] | None = None) -> str:
@@ -135,7 +136,16 @@ _Dumper.add_representer(
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 and 5e8 as numbers, as YAML 1.2 does; PyYAML asks for a point and a sign."""
+    """Reads 1e-3 and 5e8 as numbers and refuses a key that stands twice, as YAML 1.2 does and PyYAML does not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As PyYAML's."""
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            problem = f"{', '.join(twice)} twice in a section"
+            raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -178,7 +188,8 @@ def _parse_override(word: str) -> tuple[str, Any]:
     try:
         return key, yaml.load(text, _Loader)
     except yaml.YAMLError:
-        raise ConfigError(f"{key}={text!r}: the value is not YAML") from None
+        hint = f"; what has spaces needs quotes, as '{key}=[1, 2]'" if text.startswith(("[", "{")) else ""
+        raise ConfigError(f"{key}={text!r}: the value is not YAML{hint}") from None
 
 
 def _set(values: dict[str, Any], path: list[str], value: Any, word: str) -> None:
@@ -189,66 +200,3 @@ def _set(values: dict[str, Any], path: list[str], value: Any, word: str) -> None
         if not isinstance(values, dict):
             raise ConfigError(f"{word}: {'.'.join(path[: i + 1])} holds {values!r}, not a section")
     values[path[-1]] = value
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in values.items():
-        nested = isinstance(value, dict) and value
-        keys += _leaves(value, f"{prefix}{key}.") if nested else [f"{prefix}{key}"]
-    return keys
-
-
-def _explain(detail: Any, schema: type[BaseModel]) -> str:
-    location, got = detail["loc"], detail["input"]
-    if detail["type"] == "union_tag_invalid":
-        return f"objective.name={got.get('name')!r}; expected one of {', '.join(OBJECTIVES)}"
-    # Below `objective` pydantic puts the name of the objective that was chosen.
-    parts = location[:1] + location[2:] if location[:1] == ("objective",) else location
-    key = ".".join(map(str, parts))
-    if detail["type"] == "value_error":
-        return str(detail["ctx"]["error"])
-    if detail["type"] == "extra_forbidden":
-        accepted = _section(location[:-1], schema).model_fields
-        close = difflib.get_close_matches(str(location[-1]), accepted, n=1)
-        hint = f"did you mean {'.'.join([*map(str, parts[:-1]), close[0]])}? " if close else ""
-        return f"{key}={got!r}: unknown key; {hint}expected one of {', '.join(accepted)}"
-    if detail["type"] == "missing":
-        return f"{key} is not set; {detail['msg'].lower()}"
-    if detail["type"].startswith("model_"):
-        return f"{key}={got!r}; expected a mapping of keys"
-    wanted = _range_of(location, schema) or detail["msg"].removeprefix("Input should be ")
-    return f"{key}={got!r}; expected {wanted}"
-
-
-_BOUNDS = {
-    "exclusiveMinimum": ">",
-    "minimum": ">=",
-    "exclusiveMaximum": "<",
-    "maximum": "<=",
-    "multipleOf": "a multiple of",
-}
-
-
-def _range_of(location: tuple[Any, ...], schema: type[BaseModel]) -> str:
-    """Kind and every bound of a number, not only the one that was broken; empty for what is no bounded number."""
-    if not all(isinstance(part, str) for part in location):
-        return ""
-    known = _section(location[:-1], schema).model_json_schema()["properties"][location[-1]]
-    variants = [known, *known.get("anyOf", [])]
-    kinds = [v["type"] for v in variants if v.get("type") in ("integer", "number")]
-    bounds = [f"{sign} {v[name]:g}" for v in variants for name, sign in _BOUNDS.items() if name in v]
-    if not kinds or not bounds:
-        return ""
-    return f"{'an integer' if kinds[0] == 'integer' else 'a number'} {' and '.join(bounds)}"
-
-
-def _section(location: tuple[Any, ...], schema: type[BaseModel]) -> type[BaseModel]:
-    if location[:1] == ("objective",):
-        return OBJECTIVES[location[1]]
-    section = schema
-    for part in location:
-        annotation = section.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return section

@@ -243,6 +243,14 @@ def test_unfit_arrays(array, message, tmp_path, index_of):
         index_of(tmp_path / "a.npy")
 
 
+def test_a_text_is_no_array(tmp_path, index_of):
+    (tmp_path / "a.npy").write_text("text\n")
+    with pytest.raises(
+        DataError, match=r"a.npy cannot be read as an .npy array \(it does not begin as one\)"
+    ):
+        index_of(tmp_path / "a.npy")
+
+
 def test_arrays(tmp_path, index_of):
     np.save(tmp_path / "a.npy", np.zeros((1000, 8, 12), np.uint8))
     index = index_of(tmp_path / "a.npy", channels=1)

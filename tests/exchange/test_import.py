@@ -270,6 +270,8 @@ def test_bad_files_are_refused_in_one_line(tiny_config, tmp_path):
         return str(tmp_path / name)
 
     (tmp_path / "noise.pth").write_bytes(b"garbage" * 9)
+    (tmp_path / "hi.pth").write_text("hi\n")
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
     (tmp_path / "noise.safetensors").write_bytes(b"\xff" * 99)
     (tmp_path / "folder").mkdir()
     fewer = {name: tensor for name, tensor in state.items() if name != "norm.weight"}
@@ -278,6 +280,8 @@ def test_bad_files_are_refused_in_one_line(tiny_config, tmp_path):
     cases = [
         (str(tmp_path / "none.pth"), "auto", "none.pth does not exist"),
         (str(tmp_path / "noise.pth"), "auto", "neither a safetensors nor a PyTorch file"),
+        (str(tmp_path / "hi.pth"), "auto", "neither a safetensors nor a PyTorch file"),
+        (str(tmp_path / "table.csv"), "auto", "neither a safetensors nor a PyTorch file"),
         (str(tmp_path / "noise.safetensors"), "auto", "is not a safetensors file"),
         (str(tmp_path / "folder"), "auto", r"holds nothing; expected config.json and model.safetensors or"),
         (
