@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.gloo import make_config
+from fastmim.deepspeed_fragment import bucket_settings
 from fastmim.errors import ConfigError
 from fastmim.memory import parameter_sizes, predict_memory
 from fastmim.models import blocks
@@ -54,6 +55,19 @@ def test_activations_of_a_gpu_are_those_of_blocks_that_compute_nothing_again(tin
 
 
 @pytest.mark.parametrize(("stage", "share"), [(0, 1), (2, 2)])
+@pytest.mark.parametrize(("stage", "buffers"), [(1, 2), (2, 2), (3, 1)])
+def test_on_gpus_gradients_are_summed_in_buckets_that_fill_during_the_backward_pass(stage, buffers):
+    config = make_config([f"{memory.STAGE}={stage}", "model.size=large", "optim.batch_size=8"])
+    settings = bucket_settings([10, 60 * 10**6, 30 * 10**6], 8, on_cpu=False)
+    assert settings == {"overlap_comm": True, "reduce_bucket_size": 60 * 10**6}
+    # One fills while another is summed; ZeRO-3 has one.
+    assert predict_memory(config, "bf16", 8).buckets == buffers * 50 * 10**6 * 2
+    whole = sum(parameter_sizes(config))
+    assert bucket_settings([whole], 8, on_cpu=True) == {"reduce_bucket_size": whole}
+    told = make_config([f"{memory.STAGE}={stage}", "deepspeed.zero_optimization.reduce_bucket_size=7"])
+    assert predict_memory(told, "bf16", 8).buckets == buffers * 7 * 2
+
+
 def test_an_average_of_the_weights_takes_four_bytes_each(tiny, stage, share):
     words = [*tiny, f"{memory.STAGE}={stage}"]
     plain = predict_memory(make_config(words), "bf16", 2)
