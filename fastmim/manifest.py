@@ -234,14 +234,14 @@ def find(run: Path, resume: str) -> tuple[Path, dict[str, Any]] | None:
         CheckpointError: PATH holds none, `none` would mix two runs in one folder, or `auto` finds damaged ones only.
     """
     if resume not in ("auto", "none"):
-        if not Path(resume).exists():
-            raise CheckpointError(
-                f"--resume {resume} does not exist; expected auto, none, a run or a checkpoint directory"
-            )
         own = newest_whole(run)
         if own is not None and own[1].get("state", {}).get("begun_from") == begun_from(resume):
             logger.info("%s has begun from %s and goes on from its own newest checkpoint", run, resume)
             return own
+        if not Path(resume).exists():
+            raise CheckpointError(
+                f"--resume {resume} does not exist; expected auto, none, a run or a checkpoint directory"
+            )
         checkpoint, manifest = resolve(Path(resume))
         later = [
             path.name

@@ -54,7 +54,6 @@ def test_activations_of_a_gpu_are_those_of_blocks_that_compute_nothing_again(tin
     assert predicted == pytest.approx(kept, rel=memory.TOLERANCE["activations"])
 
 
-@pytest.mark.parametrize(("stage", "share"), [(0, 1), (2, 2)])
 @pytest.mark.parametrize(("stage", "buffers"), [(1, 2), (2, 2), (3, 1)])
 def test_on_gpus_gradients_are_summed_in_buckets_that_fill_during_the_backward_pass(stage, buffers):
     config = make_config([f"{memory.STAGE}={stage}", "model.size=large", "optim.batch_size=8"])
@@ -68,6 +67,7 @@ def test_on_gpus_gradients_are_summed_in_buckets_that_fill_during_the_backward_p
     assert predict_memory(told, "bf16", 8).buckets == buffers * 7 * 2
 
 
+@pytest.mark.parametrize(("stage", "share"), [(0, 1), (2, 2)])
 def test_an_average_of_the_weights_takes_four_bytes_each(tiny, stage, share):
     words = [*tiny, f"{memory.STAGE}={stage}"]
     plain = predict_memory(make_config(words), "bf16", 2)
