@@ -60,22 +60,29 @@ def _wanted(detail: Any) -> str:
 def truths_for_numbers(values: dict[str, Any], schema: type[BaseModel]) -> list[str]:
     """A line on each true or false in a number's place, which pydantic takes for 1 or 0: `flip: true` flips all."""
     lines = []
-    for key in leaves(values):
-        *sections, name = key.split(".")
-        held: Any = values
-        for part in (*sections, name):
-            held = held[part]
-        if not isinstance(held, bool):
-            continue
-        if sections == ["objective"]:
-            sections.append(values["objective"].get("name", "mae"))
+    for (*path, name), held in _truths(values).items():
+        sections = tuple(path)
+        if sections == ("objective",):
+            sections = ("objective", values["objective"].get("name", "mae"))
         try:
-            kinds = set(_kinds(_section(tuple(sections), schema).model_fields[name].annotation))
-        except (KeyError, StopIteration):  # no such key, which pydantic tells; or DeepSpeed's
+            kinds = set(_kinds(_section(sections, schema).model_fields[name].annotation))
+        except (KeyError, StopIteration, TypeError):  # no such key, which pydantic tells; or DeepSpeed's
             continue
         if kinds & {int, float} and bool not in kinds:
-            lines.append(f"{key}={held!r}; expected {_range_of((*sections, name), schema) or 'a number'}")
+            wanted = _range_of((*sections, name), schema) or "a number"
+            lines.append(f"{'.'.join([*path, name])}={held!r}; expected {wanted}")
     return lines
+
+
+def _truths(values: dict[Any, Any], path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], bool]:
+    """Each true and false of a nested mapping, by the keys that lead to it."""
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= _truths(value, (*path, key))
+        elif isinstance(value, bool):
+            found[*path, key] = value
+    return found
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:

@@ -208,6 +208,15 @@ def test_null_is_what_a_recipe_does_without(tmp_path):
     assert told.data.mean == [0.5] and told.data.std == [0.25] and told.model.width == 768
 
 
+@pytest.mark.parametrize(
+    "text", ["a.b: true", "1: {2: true}", "objective: {name: [mae], decoder_depth: true}"]
+)
+def test_truths_in_odd_places_are_refused_too(tmp_path, text):
+    (tmp_path / "odd.yaml").write_text(text)
+    with pytest.raises(ConfigError):
+        recipes.load(str(tmp_path / "odd.yaml"))
+
+
 def test_a_key_that_stands_twice_is_named(tmp_path):
     (tmp_path / "twice.yaml").write_text("optim:\n  blr: 1\n  epochs: 3\n  blr: 2\n")
     with pytest.raises(ConfigError, match=r"twice\.yaml: not YAML: blr twice in a section"):
