@@ -210,4 +210,4 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "new").exists()
     with pytest.raises(SystemExit):
         main(["profile", "quickstart", "--steps", "0"])
-    assert "argument --steps: invalid" in capsys.readouterr().err
+    assert "argument --steps: 0; expected an integer > 0" in capsys.readouterr().err
