@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from fastmim.schema import Fraction, HeightWidth, PerChannel, Positive, Section
+from fastmim.schema import Fraction, HeightWidth, PerChannel, Positive, Section, fill
 
 
 class ColorJitter(Section):
@@ -63,10 +63,8 @@ class DataConfig(Section):
         if not isinstance(channels, int) or channels < 1:
             return values
         of_imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-        return {
-            **(of_imagenet if channels == 3 else {"mean": [0.5] * channels, "std": [0.25] * channels}),
-            **{key: value for key, value in values.items() if value is not None or key not in of_imagenet},
-        }
+        plain = {"mean": [0.5] * channels, "std": [0.25] * channels}
+        return fill(values, of_imagenet if channels == 3 else plain)
 
     @model_validator(mode="after")
     def _consistent(self):

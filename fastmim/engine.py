@@ -51,23 +51,21 @@ def check_fragment(config: Config, precision: str, micro_batch: int) -> None:
             f"deepspeed.data_types.grad_accum_dtype={wanted!r} with deepspeed.zero_optimization.stage=0 on "
             f"{world_size} ranks, which sum in bf16; expected stage 1, 2 or 3"
         )
-    known = (None, "fp32", precision)
-    if wanted not in known:
+    summed = dict.fromkeys(("fp32", precision))
+    if wanted not in (None, *summed):
         raise ConfigError(
             f"deepspeed.data_types.grad_accum_dtype={wanted!r} with precision {precision}; expected "
-            f"{' or '.join(dict.fromkeys(known[1:]))}"
+            f"{' or '.join(summed)}"
         )
     try:
         DeepSpeedConfig(deepspeed_config(config, precision, micro_batch))
     except ValidationError as error:
-        first = error.errors()[0]
-        section = "zero_optimization" if error.title == "DeepSpeedZeroConfig" else error.title
-        key = ".".join(map(str, ("deepspeed", section, *first["loc"])))
-        if first["type"] != "extra_forbidden":
-            raise ConfigError(f"{key}={first['input']!r}: {first['msg']}") from None
-        known = f"; expected one of {', '.join(DeepSpeedZeroConfig.model_fields)}"
-        known = known if section == "zero_optimization" else ""
-        raise ConfigError(f"{key}={first['input']!r}: unknown key{known}") from None
+        first, of_zero = error.errors()[0], error.title == DeepSpeedZeroConfig.__name__
+        section = "zero_optimization" if of_zero else error.title
+        key, why = ".".join(map(str, ("deepspeed", section, *first["loc"]))), first["msg"]
+        if of_zero and first["type"] == "extra_forbidden":
+            why = f"unknown key; expected one of {', '.join(DeepSpeedZeroConfig.model_fields)}"
+        raise ConfigError(f"{key}={first['input']!r}: {why}") from None
     except Exception as error:  # DeepSpeed raises a type of its own for each section
         raise ConfigError(f"deepspeed: {config.deepspeed} was refused: {error}") from None
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastmim.config import OptimConfig
+from fastmim.config_training import OptimConfig
 
 TOKENS = ("cls_token", "mask_token", "pos_embed")
 

@@ -29,6 +29,13 @@ def require_heads(prefix: str, width: int, heads: int, joiner: str = ".") -> Non
         )
 
 
+def fill(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`values`, and of `defaults` those that are not given, or given as null."""
+    return defaults | {
+        key: value for key, value in values.items() if value is not None or key not in defaults
+    }
+
+
 class Section(BaseModel):
     """A frozen part of the configuration that refuses unknown keys."""
 

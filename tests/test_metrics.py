@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastmim.config import LogConfig
+from fastmim.config_training import LogConfig
 from fastmim.metrics import Metrics, describe_end, drop_records_after, read_records
 from fastmim.pictures import draw_loss, draw_reconstructions
 from fastmim.window import Window

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastmim.config import OptimConfig
+from fastmim.config_training import OptimConfig
 from fastmim.objectives import build_objective
 from fastmim.optim import GuardedAdamW, learning_rate, parameter_groups
 

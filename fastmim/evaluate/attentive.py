@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmim.config import OptimConfig
+from fastmim.config_training import OptimConfig
 from fastmim.evaluate.config import AttentiveConfig
 from fastmim.evaluate.features import FeatureExtractor, regroup
 from fastmim.evaluate.job import Job

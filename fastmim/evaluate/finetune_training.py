@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fastmim.config import OptimConfig
+from fastmim.config_training import OptimConfig
 from fastmim.ema import EMA
 from fastmim.errors import TrainingAborted
 from fastmim.evaluate.augment import Regularisation, draws, folded_positions
