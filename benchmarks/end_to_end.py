@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks import harness, report
 from benchmarks.gloo import FixedBatch
-from benchmarks.launched import ROOT, Launched, run_launch
+from benchmarks.launched import ROOT, Launched, first_loss, run_launch
 from benchmarks.markdown import table
 from benchmarks.photographs import write_photographs
 from benchmarks.workers import Worker
@@ -107,7 +107,7 @@ def compare(words: list[str], args: argparse.Namespace) -> list[dict]:
     """Rows of launch.py and the bare step, and what the difference is made of."""
     config, rate = recipes.load(words[0], words[1:]), report.PeakRate(Ranks().device)
     precision = choose_precision(config.train.precision, Ranks().device)
-    wanted = run_launch(words, steps=2, warmup=1)["loss"]  # the first step's alone
+    wanted = first_loss(words)
     recorded = run_launch(words, max(RECORDED, 2 * args.steps), WARMUP)
     samples: dict[str, list[float]] = {"bare step": [], "launch.py": []}
     with Worker(build_bare, words) as bare, Launched(words, args.steps, WARMUP, args.rounds) as launched:

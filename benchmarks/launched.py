@@ -35,6 +35,47 @@ def step_of(line: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def start(train: list[str]) -> subprocess.Popen:
+    """A process of `command`, in a group of its own."""
+    return subprocess.Popen(
+        train, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def await_record(process: subprocess.Popen) -> tuple[int, float]:
+    """The step of the next record, and the clock when it was told; exits with what the process said if it fails."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        if step := step_of(line):
+            return step, time.perf_counter()
+        lines.append(line)
+    sys.exit(f"launch.py ended with {process.wait()}\n{''.join(lines)}")
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a process and all that it started, wherever it is."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def first_loss(words: list[str]) -> float:
+    """The loss of launch.py's first step.
+
+    Args:
+        words: the recipe, then its `key=value` overrides.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        process = start([*command(words, run), "log.every_steps=1", "train.max_steps=2"])
+        try:
+            await_record(process)
+        finally:
+            end(process)
+        return read_records(run / "metrics.jsonl")[0]["loss"]
+
+
 def run_launch(words: list[str], steps: int, warmup: int) -> dict[str, float]:
     """Train by launch.py: `warmup` steps, then `steps` between two records, with a checkpoint among them.
 
@@ -45,26 +86,22 @@ def run_launch(words: list[str], steps: int, warmup: int) -> dict[str, float]:
 
     Returns:
         Seconds of one checkpoint, by the clock of who reads the lines; share of time that the loop waited for data;
-        most bytes that the process held; the first record's loss, which is a mean over `steps` / 2 steps.
+        most bytes that the process held.
     """
     every = steps // 2
     # Records come at multiples of `every`: warm-up ends at the first that is late enough.
     first = -(-warmup // every) * every
     seen: dict[int, float] = {}
-    lines = []
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         train = [*command(words, run), f"log.every_steps={every}", f"train.max_steps={first + steps + 1}"]
-        train.append(f"checkpoint.every_steps={first + every}")
-        with subprocess.Popen(
-            train, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
-            for line in process.stdout or ():
-                lines.append(line)
-                if step := step_of(line):
-                    seen[step] = time.perf_counter()
-        if process.returncode:
-            sys.exit(f"launch.py ended with {process.returncode}\n{''.join(lines)}")
+        process = start([*train, f"checkpoint.every_steps={first + every}"])
+        try:
+            while first + steps not in seen:
+                step, clock = await_record(process)
+                seen[step] = clock
+        finally:
+            end(process)
         records = {record["step"]: record for record in read_records(run / "metrics.jsonl")}
     batch = recipes.load(words[0], words[1:]).optim.batch_size
     window = [records[first + every], records[first + steps]]
@@ -75,7 +112,6 @@ def run_launch(words: list[str], steps: int, warmup: int) -> dict[str, float]:
         "checkpoint_s": max(0.0, elapsed - steps * step_s),
         "data_wait": sum(record["data_wait"] for record in window) / len(window),
         "memory": window[-1]["peak_memory_bytes"],
-        "loss": records[every]["loss"],
     }
 
 
@@ -99,18 +135,11 @@ class Launched:
         train = [*command(words, Path(self._folder.name) / "run"), f"log.every_steps={steps}"]
         # One step more, which nobody waits for: the last one saves.
         train += [f"train.max_steps={(before + turns) * steps + 1}", "checkpoint.every_steps=null"]
-        self._process = subprocess.Popen(
-            train,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        self._process = start(train)
         self._ahead = 0.0
         try:
             for _ in range(before):
-                self._await_record()
+                await_record(self._process)
             self._stop()
         except BaseException:
             self.close()
@@ -120,16 +149,14 @@ class Launched:
         """Go on until the next record; seconds of a turn's steps."""
         started = time.perf_counter() - self._ahead
         os.killpg(self._process.pid, signal.SIGCONT)
-        ended = self._await_record()
+        _, ended = await_record(self._process)
         self._stop()
         self._ahead = time.perf_counter() - ended
         return ended - started
 
     def close(self) -> None:
         """End the run where it is."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.communicate()
+        end(self._process)
         self._folder.cleanup()
 
     def __enter__(self) -> "Launched":
@@ -137,15 +164,6 @@ class Launched:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _await_record(self) -> float:
-        assert self._process.stdout is not None
-        lines = []
-        for line in self._process.stdout:
-            if step_of(line):
-                return time.perf_counter()
-            lines.append(line)
-        sys.exit(f"launch.py ended with {self._process.wait()}\n{''.join(lines)}")
 
     def _stop(self) -> None:
         os.killpg(self._process.pid, signal.SIGSTOP)

@@ -61,8 +61,9 @@ class TrainConfig(Section):
     """Of initial weights, order, crops, masks and drops: the same seed is the same run."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto is bf16 where the hardware computes it, else fp32."""
-    attention: Literal["auto", "xformers", "sdpa", "matmul"] = "auto"
-    """auto is PyTorch's fused attention, or plain products for bf16 on a CPU; xformers is memory-efficient too."""
+    attention: Literal["auto", "xformers", "sdpa", "short", "matmul"] = "auto"
+    """auto is PyTorch's fused attention (sdpa); in 16 bits on CUDA a kernel for up to 64 tokens, and sdpa for more
+    (short); for bf16 on a CPU plain products (matmul). xformers is memory-efficient too."""
     compile: bool = False
     """`torch.compile` each transformer block; ZeRO stages 0-2."""
     activation_checkpointing: bool = False

@@ -29,6 +29,7 @@ from fastmim.kernels.masked_pixel_loss import masked_pixel_loss, masked_pixel_lo
 from fastmim.kernels.sample_block_mask import sample_block_mask, sample_block_mask_reference
 from fastmim.kernels.sample_grid_mask import sample_grid_mask, sample_grid_mask_reference
 from fastmim.kernels.sample_mask import sample_random_mask, sample_random_mask_reference
+from fastmim.kernels.short_attention import short_attention, short_attention_reference
 from fastmim.kernels.unshuffle import unshuffle, unshuffle_reference
 
 __all__ = [
@@ -60,6 +61,8 @@ __all__ = [
     "sample_random_mask_reference",
     "scatter_tokens",
     "scatter_tokens_reference",
+    "short_attention",
+    "short_attention_reference",
     "unshuffle",
     "unshuffle_reference",
 ]

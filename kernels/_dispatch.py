@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import InterpretedFunction, TensorHandle, interpreter_builder
 from triton.runtime.jit import JITFunction
 
 logger = logging.getLogger("fastmim.kernels")
@@ -96,9 +96,11 @@ def _interpreter() -> Iterator[None]:
     ]
     for place, name, value in compiled:
         setattr(place, name, _interpreted_library_function(value.fn))
+    interpreter_builder.create_dot = _interpreted_dot
     try:
         yield
     finally:
+        del interpreter_builder.create_dot
         for place, name, value in compiled:
             setattr(place, name, value)
         for place, attributes in zip(_PATCHED, before, strict=True):
@@ -107,6 +109,15 @@ def _interpreter() -> Iterator[None]:
             for name, value in attributes.items():
                 if vars(place)[name] is not value:
                     setattr(place, name, value)
+
+
+def _interpreted_dot(a: TensorHandle, b: TensorHandle, *rest) -> TensorHandle:
+    """The interpreter's `tl.dot`, which would multiply the bits of bfloat16 as integers."""
+    wide = (
+        interpreter_builder.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+        for x in (a, b)
+    )
+    return type(interpreter_builder).create_dot(interpreter_builder, *wide, *rest)
 
 
 @functools.cache

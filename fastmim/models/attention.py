@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmim.errors import ConfigError
+from fastmim.kernels import short_attention
+from fastmim.kernels.short_attention import MAX_HEAD, MAX_TOKENS
 from fastmim.models.matmul_attention import matmul_attention, matmul_self_attention
 
 logger = logging.getLogger("fastmim")
@@ -18,14 +20,20 @@ def choose_attention(wanted: str, device_type: str, precision: str = "fp32") -> 
     """Resolve `train.attention`; the choice is logged once.
 
     Args:
-        wanted: auto, xformers, sdpa or matmul. auto is matmul on a CPU in bf16, and sdpa elsewhere.
+        wanted: auto, xformers, sdpa, short or matmul. In 16 bits auto is short on CUDA and matmul on a CPU (bf16);
+            elsewhere it is sdpa.
         device_type: cuda or cpu.
         precision: bf16, fp16 or fp32.
 
     Raises:
-        ConfigError: xformers was asked for where it cannot run.
+        ConfigError: xformers or short was asked for where it cannot run.
     """
     chosen, why = wanted, "asked for"
+    if wanted == "short" and (device_type != "cuda" or precision == "fp32"):
+        raise ConfigError(
+            f"train.attention='short' in {precision} on {device_type}: it runs on CUDA in bf16 and fp16 only; expected "
+            "auto, sdpa or matmul"
+        )
     if wanted == "xformers" and device_type != "cuda":
         raise ConfigError(
             f"train.attention='xformers' on {device_type}: it runs on CUDA only; expected auto, sdpa or matmul"
@@ -36,6 +44,9 @@ def choose_attention(wanted: str, device_type: str, precision: str = "fp32") -> 
         # PyTorch's fused CPU kernel computes bf16 gradients several times slower than plain products of a few images
         # do (benchmarks/attention.py).
         chosen, why = "matmul", "faster than sdpa in bf16 on a CPU"
+    elif wanted == "auto" and device_type == "cuda" and precision != "fp32":
+        # PyTorch's fused kernels take 2.5 times as long for the 50 tokens that MAE's encoder sees (H200).
+        chosen, why = "short", f"a kernel for up to {MAX_TOKENS} tokens, sdpa for more"
     elif wanted == "auto":
         chosen, why = "sdpa", "PyTorch's own"
     logger.info("attention: %s (%s)", chosen, why)
@@ -62,7 +73,10 @@ def xformers_refusal(precision: str) -> str | None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over all tokens, by `backend`; q, k, v and the result are [B, N, heads, d]."""
+    """softmax(q k^T / sqrt(d)) v over all tokens, by `backend`; q, k, v and the result are [B, N, heads, d].
+
+    `short` is for what `self_attend` is given, and PyTorch's here.
+    """
     if backend == "xformers":
         return _xformers_attention(q, k, v)
     if backend == "matmul":
@@ -73,6 +87,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
 
 def self_attend(qkv: Tensor, backend: str) -> Tensor:
     """As `attend`, of queries, keys and values in one tensor [B, N, 3, heads, d]."""
+    if backend == "short" and qkv.shape[1] <= MAX_TOKENS and qkv.shape[4] <= MAX_HEAD:
+        return short_attention(qkv)
     return matmul_self_attention(qkv) if backend == "matmul" else attend(*qkv.unbind(2), backend)
 
 
@@ -90,7 +106,7 @@ class Attention(nn.Module):
         dim: token dimension.
         num_heads: heads; divides `dim`.
         qkv_bias, proj_bias: whether the linears have biases.
-        backend: xformers, sdpa or matmul, from `choose_attention`.
+        backend: xformers, sdpa, short or matmul, from `choose_attention`.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ class CrossAttention(nn.Module):
         dim: width of the queries and of the result.
         context_dim: width of the context.
         num_heads: heads; divides `dim`.
-        backend: xformers, sdpa or matmul, from `choose_attention`.
+        backend: xformers, sdpa, short or matmul, from `choose_attention`.
     """
 
     def __init__(self, dim: int, context_dim: int, num_heads: int, backend: str = "sdpa"):

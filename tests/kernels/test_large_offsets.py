@@ -65,6 +65,13 @@ def images():
     return reserve(BATCH, 16, 16 * ROWS, 4, dtype=torch.uint8), order(), 16, *constants(4)
 
 
+HEADS = 22
+
+
+def queries_keys_values():
+    return reserve(BATCH, 64, 3, HEADS, 64)
+
+
 def rows():
     return reserve(BATCH * ROWS, WIDTH)
 
@@ -99,6 +106,11 @@ CALLS = {
     "add_layer_norm_backward": (lambda: (rows(), rows(), rows(), vector(WIDTH), 1e-6), 0),
     "bias_gelu": (lambda: (rows(), vector(WIDTH)), 0),
     "bias_gelu_backward": (lambda: (rows(), rows(), vector(WIDTH)), 0),
+    "short_attention": (lambda: (queries_keys_values(),), 0),
+    "short_attention_backward": (
+        lambda: (vector(64, HEADS, 64).expand(BATCH, -1, -1, -1), queries_keys_values()),
+        0,
+    ),
     "align": (lambda: (rows(), rows(), 1e-6, 1), 1),
     "align, strided": (
         lambda: (reserve(BATCH, 1 + ROWS, WIDTH)[:, 1:], vector(1, 1, WIDTH).expand(BATCH, ROWS, -1), 1e-6, 2),

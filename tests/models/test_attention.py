@@ -7,9 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastmim import kernels
 from fastmim.errors import ConfigError
-from fastmim.models import matmul_attention
-from fastmim.models.attention import Attention, attend, choose_attention, xformers_refusal
+from fastmim.models import attention, matmul_attention
+from fastmim.models.attention import (
+    Attention,
+    attend,
+    choose_attention,
+    self_attend,
+    xformers_refusal,
+)
 
 
 def exact_attention(q, k, v):
@@ -107,12 +114,14 @@ def test_auto_chooses_what_is_fastest_and_says_so_once(choose, caplog):
     logging.getLogger("fastmim").propagate = True
     assert choose("auto", "cpu", "fp32") == "sdpa"
     assert choose("auto", "cpu", "bf16") == "matmul"
-    assert choose("auto", "cuda", "bf16") == "sdpa"
+    assert choose("auto", "cuda", "bf16") == "short"
+    assert choose("auto", "cuda", "fp32") == "sdpa"
     assert choose("sdpa", "cuda", "bf16") == "sdpa"
     assert choose("auto", "cpu", "fp32") == "sdpa"
     assert caplog.messages == [
         "attention: sdpa (PyTorch's own)",
         "attention: matmul (faster than sdpa in bf16 on a CPU)",
+        "attention: short (a kernel for up to 64 tokens, sdpa for more)",
         "attention: sdpa (PyTorch's own)",
         "attention: sdpa (asked for)",
     ]
@@ -136,6 +145,26 @@ def test_xformers_without_an_operator_is_refused(choose, xformers):
 def test_xformers_is_refused_where_it_cannot_run(choose):
     with pytest.raises(ConfigError, match=r"train.attention='xformers' on cpu: it runs on CUDA only"):
         choose("xformers", "cpu")
+
+
+@pytest.mark.parametrize("where", [("cpu", "bf16"), ("cuda", "fp32")])
+def test_the_kernel_is_refused_where_it_is_none(choose, where):
+    with pytest.raises(
+        ConfigError, match=rf"train.attention='short' in {where[1]} on {where[0]}: it runs on"
+    ):
+        choose("short", *where)
+
+
+@pytest.mark.parametrize(("tokens", "head"), [(50, 64), (64, 16), (65, 64), (50, 80)])
+def test_what_the_kernel_cannot_hold_is_pytorchs(monkeypatch, tokens, head):
+    called = []
+    monkeypatch.setattr(
+        attention, "short_attention", lambda qkv: called.append(qkv.shape) or kernels.short_attention(qkv)
+    )
+    torch.manual_seed(0)
+    qkv = torch.randn(2, tokens, 3, 2, head)
+    torch.testing.assert_close(self_attend(qkv, "short"), self_attend(qkv, "sdpa"))
+    assert bool(called) == (tokens <= 64 and head <= 64)
 
 
 @pytest.mark.gpu
