@@ -22,6 +22,7 @@ from fastmim.kernels import (
     sample_grid_mask,
     sample_random_mask,
     scatter_tokens,
+    short_attention,
     unshuffle,
 )
 
@@ -213,6 +214,16 @@ def build_bias_gelu(inputs: Inputs) -> Problem:
         "backward": (3 * values + 2 * hidden) * inputs.item,
     }
     return Problem(bias_gelu, (x, bias), naive.gelu_after_biased_product, (x, bias), floor)
+
+
+@case("short_attention", counted_batch=1)
+def build_short_attention(inputs: Inputs) -> Problem:
+    """The kept patches of an image, in heads of 64; the naive one is PyTorch's fused attention, as in timm's blocks."""
+    shape, head = inputs.shape, 64
+    qkv = inputs.floats(inputs.batch, shape.kept, 3, shape.width // head, head, grad=True)
+    values = inputs.batch * shape.kept * shape.width * inputs.item
+    floor = {"forward": 4 * values, "backward": 7 * values}
+    return Problem(short_attention, (qkv,), naive.attend_to_unbound, (qkv,), floor)
 
 
 def build_align(inputs: Inputs, fused: Callable, plain: Callable) -> Problem:

@@ -123,6 +123,12 @@ def gelu_after_biased_product(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(_BiasInProduct.apply(x, bias))
 
 
+def attend_to_unbound(qkv: Tensor) -> Tensor:
+    """Take queries, keys and values [B, N, 3, H, d] apart and have PyTorch attend; backward puts them together."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
 def normalised_squared_error(x: Tensor, target: Tensor) -> Tensor:
     """LayerNorm without weights on both sides, then the mean squared error."""
     width = x.shape[-1:]

@@ -26,7 +26,7 @@ BUDGETS = {
     **dict.fromkeys(
         [
             *("gather_patches", "gather_tokens", "embed_tokens", "unshuffle", "masked_pixel_loss"),
-            *("scatter_tokens", "add_layer_norm", "bias_gelu"),
+            *("scatter_tokens", "add_layer_norm", "bias_gelu", "short_attention"),
         ],
         1.05,
     ),

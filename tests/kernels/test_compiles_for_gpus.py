@@ -13,6 +13,7 @@ from fastmim.kernels import (
     sample_block_mask,
     sample_grid_mask,
     sample_random_mask,
+    short_attention,
     unshuffle,
 )
 from fastmim.kernels.align import cosine_align, mse_align
@@ -245,3 +246,17 @@ def test_vit_base_block_kernels_do_not_spill_and_use_128_bit_access(name, capabi
 def test_other_block_widths_do_not_spill(name, width, dtype):
     sass = compile_to_sass(record_block_launches(width, getattr(torch, dtype))[name], 90)
     assert not opcodes(sass, "STL") and not opcodes(sass, "LDL")
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("tokens", "head"), [(50, 64), (64, 64), (37, 32), (17, 20)])
+def test_attention_of_few_tokens_does_not_spill(tokens, head, capability):
+    qkv = torch.zeros(2, tokens, 3, 12, head, dtype=torch.bfloat16, requires_grad=True)
+    with compiled.record_launches() as launches:
+        short_attention(qkv).backward(qkv.detach()[:, :, 0])
+    assert len(launches) == 2
+    for launch in launches:
+        sass = compile_to_sass(launch, capability)
+        assert not opcodes(sass, "STL") and not opcodes(sass, "LDL")
+        for kind in ("LDG", "STG") if head % 8 == 0 else ():
+            assert all(opcode.endswith(".128") for opcode in opcodes(sass, kind)), opcodes(sass, kind)
