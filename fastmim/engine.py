@@ -14,7 +14,7 @@ from torch import nn
 from fastmim.config import Config
 from fastmim.deepspeed_fragment import bucket_settings, offloads_optimizer, stage_in_effect, sum_dtype
 from fastmim.errors import ConfigError
-from fastmim.heap import keep_heap
+from fastmim.heap import give_heap_back, keep_heap
 from fastmim.optim import GuardedAdamW, parameter_groups
 from fastmim.ranks import Ranks, cores_per_rank
 from fastmim.split_adamw import SplitAdamW
@@ -136,4 +136,22 @@ def build_engine(
         engine.zero_grad = optimizer.zero_grad
     if stage == 0 and alone:
         engine.enable_backward_allreduce = False
+    if Ranks().device.type == "cpu":
+        give_heap_back()  # what made the weights, and held them in float32
+        _give_heap_back_after_first_step(optimizer)
     return engine
+
+
+def _give_heap_back_after_first_step(optimizer: torch.optim.Optimizer) -> None:
+    """Return the pages of what the first step freed.
+
+    Among it lies what that step was the first to ask for and keeps: shared results, PyTorch's prepared products. Later
+    steps find other places between them, and the first one's pages would stay.
+    """
+    once = [give_heap_back]
+
+    def after(*_: object) -> None:
+        if once:
+            once.pop()()
+
+    optimizer.register_step_post_hook(after)

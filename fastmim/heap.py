@@ -17,3 +17,10 @@ def keep_heap() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
+def give_heap_back() -> None:
+    """Return the pages of free blocks to the system, those in the middle of the heap too."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

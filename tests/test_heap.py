@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import torch
+
+from fastmim import engine
+
 # Four blocks of 24 MiB, freed together: more than glibc keeps at the heap's end unless it is told to. No library is
 # loaded that would put blocks of its own behind them.
 TURNS = """
@@ -34,3 +38,41 @@ def test_freed_memory_costs_no_page_fault_again():
     pages = 4 * 24 * 2**20 // 4096
     assert faults("given back") > 0.9 * pages  # what the setting is for
     assert faults("kept") < pages / 20
+
+
+# Between blocks that stay, which glibc gives back at the heap's end alone.
+HOLES = """
+import ctypes
+from fastmim.heap import give_heap_back, keep_heap
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+keep_heap()
+blocks = [libc.malloc(ctypes.c_size_t(2**20)) for _ in range(200)]
+for block in blocks:
+    ctypes.memset(block, 1, 2**20)
+for block in blocks[::2]:
+    libc.free(ctypes.c_void_p(block))
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) // 256
+before = held()
+give_heap_back()
+print(before - held(), sum(ctypes.string_at(block + 2**19, 1) == b"\\1" for block in blocks[1::2]))
+"""
+
+
+def test_holes_are_given_back_and_what_lies_between_stays():
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
+    returned, whole = map(int, done.stdout.split())
+    assert returned > 90 and whole == 100
+
+
+def test_an_engine_on_a_cpu_gives_the_heap_back_after_its_first_step_alone(monkeypatch):
+    given = []
+    monkeypatch.setattr(engine, "give_heap_back", lambda: given.append(1))
+    parameter = torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.SGD([parameter])
+    engine._give_heap_back_after_first_step(optimizer)
+    for wanted in ([], [1], [1]):
+        assert given == wanted
+        optimizer.step()
