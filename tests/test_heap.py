@@ -2,10 +2,7 @@
 
 import subprocess
 import sys
-
-import torch
-
-from fastmim import engine
+from pathlib import Path
 
 # Four blocks of 24 MiB, freed together: more than glibc keeps at the heap's end unless it is told to. No library is
 # loaded that would put blocks of its own behind them.
@@ -67,12 +64,26 @@ def test_holes_are_given_back_and_what_lies_between_stays():
     assert returned > 90 and whole == 100
 
 
-def test_an_engine_on_a_cpu_gives_the_heap_back_after_its_first_step_alone(monkeypatch):
-    given = []
-    monkeypatch.setattr(engine, "give_heap_back", lambda: given.append(1))
-    parameter = torch.zeros(3, requires_grad=True)
-    optimizer = torch.optim.SGD([parameter])
-    engine._give_heap_back_after_first_step(optimizer)
-    for wanted in ([], [1], [1]):
-        assert given == wanted
-        optimizer.step()
+# How often an engine has given the heap back: once built, and after each of three steps.
+STEPS = """
+from benchmarks.gloo import SMALL, FixedBatch, make_config
+from fastmim import engine
+
+given = []
+engine.give_heap_back = lambda: given.append(1)
+words = [*SMALL, "optim.batch_size=2", "model.size=tiny", "model.depth=1", "data.image_size=32"]
+batch = FixedBatch(make_config(words))
+counts = [len(given)]
+for _ in range(3):
+    batch.step()
+    counts.append(len(given))
+print("counts", counts)
+"""
+
+
+def test_an_engine_gives_the_heap_back_when_built_and_after_its_first_step():
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert "counts [1, 2, 2, 2]" in done.stdout, done.stderr
