@@ -1,75 +1,20 @@
 """AdamW for bfloat16 parameters, which are one half of float32 numbers; the optimiser keeps the other (`halves.py`)."""
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastmim.chunks import Flat, GroupStep, chunks_of
 from fastmim.errors import CheckpointError
 from fastmim.halves import Master
 from fastmim.kernels import _dispatch
 from fastmim.kernels.adamw_halves import adamw_factors, adamw_halves
+from fastmim.plain_adamw import PlainUpdate
 
-CHUNKS = {"cpu": 1 << 20, "cuda": 1 << 24}
+CHUNKS = {"cpu": 1 << 19, "cuda": 1 << 24}
 """Numbers that are updated at once: what a CPU's cache holds, what keeps a GPU busy."""
-
-
-@dataclass(frozen=True)
-class Flat:
-    """What is kept of a group's numbers, parameter behind parameter."""
-
-    rest: Tensor  # int16
-    exp_avg: Tensor  # float32
-    exp_avg_sq: Tensor  # float32
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Numbers of one parameter."""
-
-    index: int  # of the parameter in its group
-    start: int
-    stop: int
-    whole: bool
-
-    def of(self, tensors: list[Tensor]) -> Tensor:
-        """These numbers in flat tensors, one for each parameter."""
-        flat = tensors[self.index]
-        return flat if self.whole else flat[self.start : self.stop]
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Numbers of a group that are updated at once: pieces that lie one behind the other."""
-
-    begin: int
-    pieces: list[_Piece]
-
-    @functools.cached_property
-    def sizes(self) -> list[int]:
-        """Numbers of each piece."""
-        return [piece.stop - piece.start for piece in self.pieces]
-
-    def fill(self, room: Tensor, tensors: list[Tensor]) -> Tensor:
-        """Copy these numbers of flat tensors, one for each parameter, into a flat tensor; returns what they fill."""
-        part = room[: sum(self.sizes)]
-        torch._foreach_copy_(part.split(self.sizes), [piece.of(tensors) for piece in self.pieces])
-        return part
-
-    def empty(self, part: Tensor, tensors: list[Tensor]) -> None:
-        """Copy what `fill` gave back into the tensors that it came from."""
-        torch._foreach_copy_([piece.of(tensors) for piece in self.pieces], part.split(self.sizes))
-
-
-@dataclass(frozen=True)
-class _Tensors:
-    """What a step reads and writes of a group, flat."""
-
-    lows: list[Tensor]  # int16, the bits of each parameter
-    gradients: list[Any]  # each a Tensor, or None for a parameter without one, of which no chunk has a piece
-    chunks: list[_Chunk]
 
 
 class SplitAdamW(torch.optim.Optimizer):
@@ -142,107 +87,67 @@ class SplitAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update the parameters, unless a gradient is infinite or not a number; gradients are used up."""
-        work = [self._gather(group, flat) for group, flat in zip(self.param_groups, self.flats, strict=True)]
-        self.grad_norm = torch.linalg.vector_norm(torch.stack(self._norms(work)))
+        groups = [
+            self._gather(group, flat) for group, flat in zip(self.param_groups, self.flats, strict=True)
+        ]
+        self.grad_norm = torch.linalg.vector_norm(torch.stack(self._norms(groups)))
         self.found_inf = (~self.grad_norm.isfinite()).float()
         self._step += 1 - self.found_inf
-        scale = 1.0
+        scale = None
         if self.clip_grad is not None:
             scale = (self.clip_grad / (self.grad_norm + 1e-6)).clamp(max=1)
-        update = self._launch if _dispatch.use_triton(self._step) else self._update
-        update(list(zip(self.param_groups, self.flats, work, strict=True)), scale)
+        if _dispatch.use_triton(self._step):
+            self._launch(groups, scale)
+        else:
+            for group in groups:
+                self._plain.update(group, self._step, scale, self.found_inf)
         for parameter in self.masters:
             parameter.grad = None
 
-    def _gather(self, group: dict, flat: Flat) -> _Tensors:
+    def _gather(self, group: dict, flat: Flat) -> GroupStep:
         parameters = group["params"]
         found = [self._gradient_sums.pop(parameter, parameter.grad) for parameter in parameters]
         sizes = tuple(0 if gradient is None else gradient.numel() for gradient in found)
-        return _Tensors(
+        return GroupStep(
+            options=group,
+            kept=flat,
             lows=[parameter.view(torch.int16).view(-1) for parameter in parameters],
             gradients=[None if gradient is None else gradient.reshape(-1) for gradient in found],
-            chunks=_chunks(sizes, tuple(parameter.numel() for parameter in parameters), self._chunk),
+            chunks=chunks_of(sizes, tuple(parameter.numel() for parameter in parameters), self._chunk),
         )
 
-    def _norms(self, work: list[_Tensors]) -> list[Tensor]:
+    @functools.cached_property
+    def _plain(self) -> PlainUpdate:
+        return PlainUpdate(self._chunk, self._step.device)
+
+    def _norms(self, groups: list[GroupStep]) -> list[Tensor]:
         """Of parts of the gradient, float32: in bfloat16 the norm itself would be rounded."""
         if self._step.is_cuda:
-            found = [gradient for tensors in work for gradient in tensors.gradients if gradient is not None]
+            found = [gradient for group in groups for gradient in group.gradients if gradient is not None]
             return list(torch._foreach_norm(found, dtype=torch.float32))
-        # Converted part by part, in the cache.
-        room = torch.empty(self._chunk)
-        return [
-            torch.linalg.vector_norm(chunk.fill(room, tensors.gradients))
-            for tensors in work
-            for chunk in tensors.chunks
-        ]
+        return [norm for group in groups for norm in self._plain.norms(group)]
 
-    def _launch(self, groups: list[tuple[dict, Flat, _Tensors]], scale: Tensor | float) -> None:
+    def _launch(self, groups: list[GroupStep], scale: Tensor | None) -> None:
         """All chunks: copies that lie one behind the other, of the parameters' bits too, and a kernel for the rest."""
         room, lows = (
             torch.empty(self._chunk, dtype=dtype, device=self._step.device)
             for dtype in (self._gradients, torch.int16)
         )
+        scale = 1.0 if scale is None else scale
         factors = functools.cache(functools.partial(adamw_factors, self._step, 1 - self.found_inf, scale))
-        for group, flat, tensors in groups:
-            lr, betas = group["lr"], tuple(group["betas"])
-            for chunk in tensors.chunks:
-                low = chunk.fill(lows, tensors.lows)
-                kept = slice(chunk.begin, chunk.begin + len(low))
+        for group in groups:
+            lr, betas = group.options["lr"], tuple(group.options["betas"])
+            for chunk in group.chunks:
+                low, kept = chunk.fill(lows, group.lows), group.kept.of(chunk)
                 adamw_halves(
-                    *(low, flat.rest[kept], flat.exp_avg[kept], flat.exp_avg_sq[kept]),
-                    chunk.fill(room, tensors.gradients),
+                    *(low, kept.rest, kept.exp_avg, kept.exp_avg_sq),
+                    chunk.fill(room, group.gradients),
                     factors(lr, betas),
                     betas,
-                    group["eps"],
-                    lr * group["weight_decay"],
+                    group.options["eps"],
+                    lr * group.options["weight_decay"],
                 )
-                chunk.empty(low, tensors.lows)
-
-    def _update(self, groups: list[tuple[dict, Flat, _Tensors]], scale: Tensor | float) -> None:
-        """All chunks by plain PyTorch."""
-        room = torch.empty(2, self._chunk, device=self._step.device)
-        for group, flat, tensors in groups:
-            for chunk in tensors.chunks:
-                self._update_chunk(group, flat, tensors, chunk, room, scale)
-
-    def _update_chunk(
-        self,
-        group: dict,
-        flat: Flat,
-        tensors: _Tensors,
-        chunk: _Chunk,
-        room: Tensor,
-        scale: Tensor | float,
-    ) -> None:
-        """Join, AdamW, split."""
-        bits = chunk.fill(room[0].view(torch.int32), tensors.lows)
-        kept = slice(chunk.begin, chunk.begin + len(bits))
-        scratch = room[1, : len(bits)].view(torch.int32)
-        torch.add(scratch.copy_(flat.rest[kept]), bits, alpha=1 << 16, out=bits)
-        gradient = chunk.fill(room[1], tensors.gradients)
-        if self.clip_grad is not None:
-            gradient *= scale
-        beta1, beta2 = group["betas"]
-        torch._fused_adamw_(
-            [bits.view(torch.float32)],
-            [gradient],
-            [flat.exp_avg[kept]],
-            [flat.exp_avg_sq[kept]],
-            [],
-            [self._step],
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-            found_inf=self.found_inf,
-        )
-        flat.rest[kept].copy_(bits)
-        bits.add_(1 << 15).bitwise_right_shift_(16)
-        chunk.empty(bits, tensors.lows)
+                chunk.empty(low, group.lows)
 
     def state_dict(self) -> dict:
         """What is kept beside the parameters, which are the other half of their masters."""
@@ -268,30 +173,3 @@ class SplitAdamW(torch.optim.Optimizer):
                 tensor.copy_(stored[name])
         for group, stored in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(stored)
-
-
-@functools.lru_cache
-def _chunks(sizes: tuple[int, ...], lengths: tuple[int, ...], most: int) -> list[_Chunk]:
-    """Chunks of a group, of at most so many numbers.
-
-    Args:
-        sizes: of each parameter's gradient, 0 without one.
-        lengths: of each parameter.
-        most: numbers of a chunk.
-    """
-    chunks: list[_Chunk] = []
-    left = begin = 0
-    for index, (size, length) in enumerate(zip(sizes, lengths, strict=True)):
-        if not size:
-            left = 0
-        done = 0
-        while done < size:
-            if not left:
-                chunks.append(_Chunk(begin + done, []))
-                left = most
-            stop = min(size, done + left)
-            chunks[-1].pieces.append(_Piece(index, done, stop, whole=stop - done == size))
-            left -= stop - done
-            done = stop
-        begin += length
-    return chunks
