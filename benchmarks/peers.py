@@ -154,10 +154,18 @@ def compare(
     ]
 
 
+def interval(rows: list[dict], row: dict) -> str:
+    """Where the median of a row's ratio lies with 95 % confidence: a dash for too few rounds, or beside itself."""
+    like = {other["variant"]: other for other in rows if all(other[key] == row[key] for key in ("size", "dtype"))}
+    other = like[row["against"]]
+    found = harness.median_interval(harness.ratios(other["samples"], row["samples"]))
+    return "–" if found is None or other is row else "–".join(f"{limit:.2f}" for limit in found)
+
+
 def tables(stored: dict) -> dict[str, str]:
     """The page's table of stored rows: `peers`."""
     header = ["implementation", "size", "dtype", "median ms", "p20–p80", "images/s", "MFU", "peak MiB"]
-    header += ["× the fastest peer", "of a round", "of its memory", "which is"]
+    header += ["× the fastest peer", "its 95 % interval", "of a round", "of its memory", "which is"]
     lines = [
         [
             *(row[key] for key in ("variant", "size", "dtype")),
@@ -167,6 +175,7 @@ def tables(stored: dict) -> dict[str, str]:
             f"{row['mfu']:.0%}",
             f"{row['peak_memory_bytes'] / 2**20:.0f}",
             f"{row['ratio']:.2f}",
+            interval(stored["rows"], row),
             "–".join(f"{limit:.2f}" for limit in row["ratio_range"]),
             f"{row['memory_ratio']:.2f}",
             row["against"],

@@ -38,9 +38,11 @@ def test_two_halves_are_the_whole(numbers):
 
 
 def adamw_in_float64(parameter, gradients, lr, decay, betas=(0.9, 0.95), eps=1e-8):
-    """Loshchilov and Hutter's algorithm 2, one tensor."""
+    """Loshchilov and Hutter's algorithm 2, one tensor; a step without a gradient is counted and leaves it."""
     parameter, mean, square = parameter.double(), 0.0, 0.0
     for step, gradient in enumerate(gradients, 1):
+        if gradient is None:
+            continue
         gradient = gradient.double()
         mean = betas[0] * mean + (1 - betas[0]) * gradient
         square = betas[1] * square + (1 - betas[1]) * gradient**2
@@ -103,6 +105,25 @@ def test_a_parameter_without_a_gradient_stays(backend, monkeypatch, chunk):
     torch.testing.assert_close(
         optimizer.masters[parameters[1]].detach().double(), wanted, rtol=2e-6, atol=1e-7
     )
+
+
+@pytest.mark.parametrize("chunk", [4, 1 << 10])
+def test_gradients_come_and_go_and_parameters_move(backend, monkeypatch, chunk):
+    set_chunk(monkeypatch, chunk)
+    parameters, optimizer, gradients = problem(5)
+    starts = [parameter.detach().clone() for parameter in parameters]
+    for step, without in zip(gradients, (2, 0, None, 1, 0), strict=True):
+        if without is not None:
+            step[without] = None
+    take_steps(parameters, optimizer, gradients[:3])
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()
+    take_steps(parameters, optimizer, gradients[3:])
+    for parameter, start, decay, *steps in zip(parameters, starts, DECAYS, *gradients, strict=True):
+        master = optimizer.masters[parameter].detach()
+        wanted = adamw_in_float64(start, steps, 1e-4, decay)
+        torch.testing.assert_close(master.double(), wanted, rtol=2e-6, atol=1e-7)
+        assert torch.equal(parameter, master.bfloat16())
 
 
 def test_what_is_stored_goes_on_the_same_and_bad_steps_change_nothing(backend):
