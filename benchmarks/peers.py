@@ -156,7 +156,9 @@ def compare(
 
 def interval(rows: list[dict], row: dict) -> str:
     """Where the median of a row's ratio lies with 95 % confidence: a dash for too few rounds, or beside itself."""
-    like = {other["variant"]: other for other in rows if all(other[key] == row[key] for key in ("size", "dtype"))}
+    like = {
+        other["variant"]: other for other in rows if all(other[key] == row[key] for key in ("size", "dtype"))
+    }
     other = like[row["against"]]
     found = harness.median_interval(harness.ratios(other["samples"], row["samples"]))
     return "–" if found is None or other is row else "–".join(f"{limit:.2f}" for limit in found)
