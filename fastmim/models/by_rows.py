@@ -156,7 +156,7 @@ class _NormMLP(torch.autograd.Function):
         for part in parts:
             if of_weight2.wanted:
                 of_weight2.add(grads[part], _gelu(hidden[part]))
-            of_hidden = _product("of_hidden", grads[part], weight2)
+            of_hidden = _product("active", grads[part], weight2)  # where GELU's result lay
             torch.ops.aten.gelu_backward.grad_input(of_hidden, hidden[part], grad_input=of_hidden)
             of_bias1 += of_hidden.sum(0)
             of_weight1.add(of_hidden, norm.forward(part))
