@@ -41,9 +41,7 @@ class _Views:
 
 
 class PlainUpdate:
-    """AdamW on the chunks of some groups.
-
-    Views are made once: made in every step they took as long as some passes over the numbers.
+    """AdamW on the chunks of some groups, whose views are made once, not in every step.
 
     Args:
         numbers: of a chunk, at most.
@@ -76,7 +74,7 @@ class PlainUpdate:
         )
 
     def norms(self, group: GroupStep) -> list[Tensor]:
-        """Of the gradients of chunks, float32; computed in bfloat16 the norm itself would be rounded."""
+        """2-norms of the gradients of chunks, float32 scalars: in bfloat16 the norm itself would be rounded."""
         filled = (views.fill(group.gradients) for views in self._views(group))
         return [torch.dot(gradient, gradient).sqrt() for gradient in filled]
 

@@ -121,10 +121,10 @@ class SplitAdamW(torch.optim.Optimizer):
         return PlainUpdate(self._chunk, self._step.device)
 
     def _norms(self, groups: list[GroupStep]) -> list[Tensor]:
-        """Of parts of the gradient, float32: in bfloat16 the norm itself would be rounded."""
+        """2-norms of parts of the gradient, float32 scalars."""
         if self._step.is_cuda:
             found = [gradient for group in groups for gradient in group.gradients if gradient is not None]
-            return list(torch._foreach_norm(found, dtype=torch.float32))
+            return list(torch._foreach_norm(found, dtype=torch.float32))  # bfloat16's would be rounded
         return [norm for group in groups for norm in self._plain.norms(group)]
 
     def _launch(self, groups: list[GroupStep], scale: Tensor | None) -> None:

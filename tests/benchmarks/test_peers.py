@@ -154,6 +154,20 @@ def test_this_engine_is_compared_with_the_peer_that_it_beats_by_least():
     assert (fastest["ratio"], other["memory_ratio"]) == (1.0, 40 / 60)
 
 
+def test_a_ratio_is_told_with_the_interval_of_its_median():
+    samples = {("fastmim", "eager"): [1.0] * 9, ("a", "eager"): [1.0, 9.0, 2.0, 8.0, 3.0, 7.0, 4.0, 6.0, 5.0]}
+    rows = peers.compare(samples, dict.fromkeys(samples, 2**20), "base", "fp32", 8, 1e9)
+    # Of nine, the second and the eighth: eight coins of nine on one side are rarer than one time in twenty.
+    assert peers.interval(rows, rows[0]) == "2.00–8.00" and peers.interval(rows, rows[1]) == "–"
+    rate = report.PeakRate(torch.device("cpu"))
+    rate.samples["fp32"] = [1e12]
+    assert "| 5.00 | 2.00–8.00 | 1.00–9.00 |" in peers.tables({"rows": rate.fill(rows)})["peers"]
+    few = peers.compare(
+        {key: each[:5] for key, each in samples.items()}, dict.fromkeys(samples, 1), "base", "fp32", 8, 1e9
+    )
+    assert peers.interval(few, few[0]) == "–"
+
+
 def fail(problem):
     raise ValueError(f"no {problem}")
 
