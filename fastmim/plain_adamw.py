@@ -1,4 +1,4 @@
-"""What `SplitAdamW` does to chunks of numbers by PyTorch's operators: on a CPU, in its cache."""
+"""What `SplitAdamW` does to chunks of numbers by PyTorch's operators, in a CPU's cache, where C cannot be compiled."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,8 @@
 """AdamW for bfloat16 parameters, which are one half of float32 numbers; the optimiser keeps the other (`halves.py`)."""
 
 import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from fastmim.chunks import Flat, GroupStep, chunks_of
 from fastmim.errors import CheckpointError
 from fastmim.halves import Master
 from fastmim.kernels import _dispatch
-from fastmim.kernels.adamw_halves import adamw_factors, adamw_halves
+from fastmim.kernels.adamw_halves import NativeAdamW, adamw_factors, adamw_halves
 from fastmim.plain_adamw import PlainUpdate
 
 CHUNKS = {"cpu": 1 << 19, "cuda": 1 << 24}
@@ -21,8 +23,9 @@ class SplitAdamW(torch.optim.Optimizer):
     """AdamW on bfloat16 parameters, computed in float32; a gradient that is not finite changes nothing.
 
     The arithmetic is that of `torch.optim.AdamW` on float32 copies, decided on the device. Kept are 12 bytes a number,
-    its parameter included. A step goes through the numbers in chunks, whose halves are joined in memory, or by a kernel
-    in registers. Steps are counted for all parameters at once; those without a gradient are left as they are.
+    its parameter included. Halves are joined in registers, by a kernel or, on a CPU, by C; where that cannot be
+    compiled, by PyTorch in memory, a chunk of numbers at a time. Steps are counted for all parameters at once; those
+    without a gradient are left as they are.
 
     Args:
         params: parameter groups, of contiguous bfloat16 parameters on one device.
@@ -57,6 +60,7 @@ class SplitAdamW(torch.optim.Optimizer):
         self._step = torch.zeros((), device=device)
         largest = max(flat.rest.numel() for flat in self.flats)
         self._chunk = min(largest, CHUNKS["cpu" if device.type == "cpu" else "cuda"])
+        self._native = NativeAdamW.load() if device.type == "cpu" else None
         if sum_in_float32:
             for parameter in self.masters:
                 parameter.register_post_accumulate_grad_hook(self._sum_gradient)
@@ -98,6 +102,8 @@ class SplitAdamW(torch.optim.Optimizer):
             scale = (self.clip_grad / (self.grad_norm + 1e-6)).clamp(max=1)
         if _dispatch.use_triton(self._step):
             self._launch(groups, scale)
+        elif self._native is not None:
+            self._call(self._native, groups, scale)
         else:
             for group in groups:
                 self._plain.update(group, self._step, scale, self.found_inf)
@@ -112,9 +118,12 @@ class SplitAdamW(torch.optim.Optimizer):
             options=group,
             kept=flat,
             lows=[parameter.view(torch.int16).view(-1) for parameter in parameters],
-            gradients=[None if gradient is None else gradient.reshape(-1) for gradient in found],
+            gradients=[None if gradient is None else self._flat(gradient) for gradient in found],
             chunks=chunks_of(sizes, tuple(parameter.numel() for parameter in parameters), self._chunk),
         )
+
+    def _flat(self, gradient: Tensor) -> Tensor:
+        return gradient.to(self._gradients).reshape(-1).contiguous()
 
     @functools.cached_property
     def _plain(self) -> PlainUpdate:
@@ -122,8 +131,10 @@ class SplitAdamW(torch.optim.Optimizer):
 
     def _norms(self, groups: list[GroupStep]) -> list[Tensor]:
         """2-norms of parts of the gradient, float32 scalars."""
+        found = [gradient for group in groups for gradient in group.gradients if gradient is not None]
+        if self._native is not None:
+            return [torch.tensor(self._native.norm(found), dtype=torch.float32)]
         if self._step.is_cuda:
-            found = [gradient for group in groups for gradient in group.gradients if gradient is not None]
             return list(torch._foreach_norm(found, dtype=torch.float32))  # bfloat16's would be rounded
         return [norm for group in groups for norm in self._plain.norms(group)]
 
@@ -133,21 +144,39 @@ class SplitAdamW(torch.optim.Optimizer):
             torch.empty(self._chunk, dtype=dtype, device=self._step.device)
             for dtype in (self._gradients, torch.int16)
         )
-        scale = 1.0 if scale is None else scale
-        factors = functools.cache(functools.partial(adamw_factors, self._step, 1 - self.found_inf, scale))
+        numbers = self._numbers(scale)
         for group in groups:
-            lr, betas = group.options["lr"], tuple(group.options["betas"])
             for chunk in group.chunks:
                 low, kept = chunk.fill(lows, group.lows), group.kept.of(chunk)
                 adamw_halves(
                     *(low, kept.rest, kept.exp_avg, kept.exp_avg_sq),
                     chunk.fill(room, group.gradients),
-                    factors(lr, betas),
-                    betas,
-                    group.options["eps"],
-                    lr * group.options["weight_decay"],
+                    **numbers(group.options),
                 )
                 chunk.empty(low, group.lows)
+
+    def _call(self, native: NativeAdamW, groups: list[GroupStep], scale: Tensor | None) -> None:
+        """All parameters that have a gradient, where they lie."""
+        numbers = self._numbers(scale)
+        for group in groups:
+            sizes = [low.numel() for low in group.lows]
+            begins = itertools.accumulate(sizes, initial=0)
+            found = [of for of in zip(group.lows, group.gradients, begins, strict=False) if of[1] is not None]
+            if found:
+                native.update(*zip(*found, strict=True), **vars(group.kept), **numbers(group.options))
+
+    def _numbers(self, scale: Tensor | None) -> Callable[[dict], dict]:
+        """What a step of a group with some options is given besides tensors."""
+        factors = functools.cache(
+            functools.partial(adamw_factors, self._step, 1 - self.found_inf, 1.0 if scale is None else scale)
+        )
+
+        def of(options: dict) -> dict:
+            lr, betas = options["lr"], tuple(options["betas"])
+            decay = lr * options["weight_decay"]
+            return {"factors": factors(lr, betas), "betas": betas, "eps": options["eps"], "decay": decay}
+
+        return of
 
     def state_dict(self) -> dict:
         """What is kept beside the parameters, which are the other half of their masters."""

@@ -3,7 +3,8 @@
 Two environment variables are read once, when this module is imported:
 
 `FASTMIM_KERNELS`
-    `auto` (default): CUDA tensors go through the Triton kernels, all others through plain PyTorch.
+    `auto` (default): CUDA tensors go through the Triton kernels, all others through plain PyTorch, or C where an
+        operation has it (`_native`).
     `interpret`: CPU tensors go through the Triton kernels too, in Triton's interpreter: slow, for tests.
     `reference`: plain PyTorch everywhere.
 

@@ -1,4 +1,7 @@
-"""AdamW on float32 numbers that are stored as two halves, bfloat16 and int16, in one launch."""
+"""AdamW on float32 numbers that are stored as two halves, bfloat16 and int16: in one launch, or by C on a CPU."""
+
+import ctypes
+from collections.abc import Sequence
 
 import torch
 import triton.language as tl
@@ -6,6 +9,7 @@ from torch import Tensor
 
 from . import _dispatch
 from ._dispatch import kernel
+from ._native import integers, native, pointers
 
 _BLOCK = 1024
 
@@ -64,12 +68,100 @@ def adamw_halves(
     tensors = (low, rest, exp_avg, exp_avg_sq, gradient)
     assert all(tensor.is_contiguous() and tensor.shape == low.shape for tensor in tensors)
     assert low.dtype == rest.dtype == torch.int16 and exp_avg.dtype == exp_avg_sq.dtype == torch.float32
-    # What is left of 1 after a beta, formed in float64: as the difference of float32 numbers it would have few digits.
-    rates = (1 - beta for beta in betas)
     grid = (_dispatch.cdiv(low.numel(), _BLOCK),)
     _dispatch.launch(
-        _adamw_halves_kernel, grid, *tensors, factors, *rates, eps, decay, low.numel(), BLOCK=_BLOCK
+        _adamw_halves_kernel, grid, *tensors, factors, *_rates(betas), eps, decay, low.numel(), BLOCK=_BLOCK
     )
+
+
+def _rates(betas: tuple[float, float]) -> list[float]:
+    """What is left of 1 after a beta, formed in float64: as the difference of float32 numbers it has few digits."""
+    return [1 - beta for beta in betas]
+
+
+class NativeAdamW:
+    """`adamw_halves` on a CPU, by C: as many bytes a number, of several tensors in one call, on PyTorch's threads.
+
+    What it computes does not depend on their number.
+
+    Args:
+        library: from `load`.
+    """
+
+    def __init__(self, library: ctypes.CDLL):
+        integers, tensors = ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_void_p)
+        gradients, threads = (tensors, ctypes.c_int), ctypes.c_int
+        self._norm, self._update = library.norm, library.adamw_halves
+        self._norm.restype = ctypes.c_double
+        self._norm.argtypes = (ctypes.c_int64, integers, *gradients, threads)
+        kept = (ctypes.c_void_p,) * 3
+        numbers = ctypes.POINTER(ctypes.c_float)
+        self._update.restype = None
+        self._update.argtypes = (
+            *(ctypes.c_int64, integers, integers, tensors),
+            *(*gradients, *kept, numbers, threads),
+        )
+
+    @classmethod
+    def load(cls) -> "NativeAdamW | None":
+        """None where `FASTMIM_KERNELS` asks for something else, or there is no C compiler, which is logged."""
+        library = native("adamw_halves.c")
+        return None if library is None else cls(library)
+
+    def norm(self, gradients: Sequence[Tensor]) -> float:
+        """The 2-norm of all numbers of tensors [N] of one dtype, bfloat16 or float32."""
+        found = self._norm(*_sizes(gradients), *_gradients(gradients), torch.get_num_threads())
+        if found < 0:
+            raise MemoryError("for the norm of gradients")
+        return found
+
+    def update(
+        self,
+        lows: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        begins: Sequence[int],
+        rest: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        factors: Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        decay: float,
+    ) -> None:
+        """Change numbers and their moments in place.
+
+        Args:
+            lows: of each tensor, [N].
+            gradients: of each tensor, [N], all of one dtype.
+            begins: where each tensor's part of `rest` and the moments begins.
+            rest, exp_avg, exp_avg_sq: [sum of N].
+            factors, betas, eps, decay: as of `adamw_halves`.
+        """
+        kept = (rest, exp_avg, exp_avg_sq)
+        assert all(x.is_contiguous() for x in (*lows, *kept))
+        assert rest.dtype == torch.int16 and exp_avg.dtype == exp_avg_sq.dtype == torch.float32
+        assert all(low.dtype == torch.int16 for low in lows)
+        assert all(
+            low.numel() == gradient.numel() and begin + low.numel() <= rest.numel()
+            for low, gradient, begin in zip(lows, gradients, begins, strict=True)
+        )
+        self._update(
+            *(*_sizes(lows), integers(begins), pointers(lows)),
+            *(*_gradients(gradients), *(x.data_ptr() for x in kept)),
+            (ctypes.c_float * 8)(*factors.tolist(), *_rates(betas), eps, decay),
+            torch.get_num_threads(),
+        )
+
+
+def _sizes(tensors: Sequence[Tensor]) -> tuple[int, ctypes.Array]:
+    return len(tensors), integers([tensor.numel() for tensor in tensors])
+
+
+def _gradients(tensors: Sequence[Tensor]) -> tuple[ctypes.Array, int]:
+    """Their pointers, and whether they are bfloat16."""
+    (dtype,) = {tensor.dtype for tensor in tensors}
+    assert dtype in (torch.bfloat16, torch.float32) and all(tensor.is_contiguous() for tensor in tensors)
+    return pointers(tensors), int(dtype == torch.bfloat16)
 
 
 def adamw_factors(step: Tensor, allowed: Tensor, scale: Tensor | float, lr: float, betas: tuple) -> Tensor:

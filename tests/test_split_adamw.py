@@ -1,12 +1,13 @@
 """AdamW in two halves: against float64, stored and taken up, and steps that must not happen."""
 
 import copy
+import logging
 import math
 
 import pytest
 import torch
-from fastmim.kernels import _dispatch
-from fastmim.kernels.adamw_halves import _adamw_halves_kernel
+from fastmim.kernels import _dispatch, _native
+from fastmim.kernels.adamw_halves import NativeAdamW, _adamw_halves_kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -20,6 +21,19 @@ from fastmim.split_adamw import SplitAdamW
 SHAPES = [(5, 3), (40,), (7,)]
 DECAYS = [0.1, 0.1, 0.0]
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@pytest.fixture(params=["reference", "interpret", "native", pytest.param("cuda", marks=pytest.mark.gpu)])
+def backend(request, monkeypatch):
+    """As everywhere, and C on the CPU."""
+    automatic = request.param in ("native", "cuda")
+    monkeypatch.setattr(_dispatch, "MODE", "auto" if automatic else request.param)
+    if request.param == "native":
+        assert NativeAdamW.load() is not None
+    if request.param == "cuda":
+        torch.set_default_device("cuda")
+    yield request.param
+    torch.set_default_device(None)
 
 
 def set_chunk(monkeypatch, numbers):
@@ -186,10 +200,11 @@ def test_gradients_of_several_passes_are_summed_in_float32(backend):
     assert optimizer.grad_norm.item() == pytest.approx(2 * 3**0.5)
 
 
-def test_the_kernel_computes_what_plain_pytorch_does(monkeypatch):
+@pytest.mark.parametrize("other", ["interpret", "auto"])
+def test_kernels_compute_what_plain_pytorch_does(monkeypatch, other):
     """In the units of the last place: a number's halves, both moments, and a clipped gradient."""
     found = {}
-    for mode in ("reference", "interpret"):
+    for mode in ("reference", other):
         monkeypatch.setattr(_dispatch, "MODE", mode)
         parameters, optimizer, gradients = problem(5, clip_grad=1.0)
         take_steps(parameters, optimizer, gradients)
@@ -197,6 +212,70 @@ def test_the_kernel_computes_what_plain_pytorch_does(monkeypatch):
         found[mode] = [*masters, *(getattr(flat, name) for flat in optimizer.flats for name in MOMENTS)]
     for plain, fused in zip(*found.values(), strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_threads_share_a_step_and_do_not_change_it(monkeypatch, summed):
+    monkeypatch.setattr(_dispatch, "MODE", "auto")
+    torch.manual_seed(0)
+    starts = [torch.randn(shape).bfloat16() for shape in ((3, 5001), (17,), (9000,))]
+    passes = [[torch.randn_like(start) for start in starts] for _ in range(1 + summed)]
+    gradients = [sum(gradient.double() for gradient in of) for of in zip(*passes, strict=True)]
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            parameters = [nn.Parameter(start.clone()) for start in starts]
+            optimizer = SplitAdamW(
+                [{"params": parameters}], clip_grad=10.0, sum_in_float32=summed, lr=1e-4, weight_decay=0.1
+            )
+            for given in passes:
+                for parameter, gradient in zip(parameters, given, strict=True):
+                    (parameter * gradient).sum().backward()
+            optimizer.step()
+            found.append((optimizer.grad_norm, [optimizer.masters[p].detach() for p in parameters]))
+    finally:
+        torch.set_num_threads(threads)
+    norm = norm_of(gradients)
+    for start, gradient, master in zip(starts, gradients, found[0][1], strict=True):
+        wanted = adamw_in_float64(start, [gradient * 10 / norm], 1e-4, 0.1, (0.9, 0.999))
+        torch.testing.assert_close(master.double(), wanted, rtol=2e-6, atol=1e-7)
+    for norm, masters in found[1:]:
+        assert torch.equal(norm, found[0][0])
+        assert all(map(torch.equal, masters, found[0][1]))
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch, tmp_path):
+    """C is compiled anew, into a folder of the test's own."""
+    monkeypatch.setattr(_dispatch, "MODE", "auto")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    _native._load.cache_clear()
+    yield
+    _native._load.cache_clear()
+
+
+def test_c_is_compiled_once_and_kept(nothing_compiled, monkeypatch):
+    assert NativeAdamW.load() is not None
+    _native._load.cache_clear()
+    monkeypatch.delattr(_native.subprocess, "run")
+    assert NativeAdamW.load() is not None
+
+
+@pytest.mark.parametrize(
+    ("compiler", "told"),
+    [("no-such-compiler -x", "'no-such-compiler'"), ("false", "exit status 1")],
+)
+def test_without_a_compiler_plain_pytorch_steps_and_it_is_told(
+    nothing_compiled, monkeypatch, caplog, compiler, told
+):
+    monkeypatch.setenv("CC", compiler)
+    with caplog.at_level(logging.WARNING, "fastmim.kernels"):
+        parameters, optimizer, gradients = problem(1)
+    assert "adamw_halves.c runs as plain PyTorch" in caplog.text and told in caplog.text
+    before = parameters[0].detach().clone()
+    take_steps(parameters, optimizer, gradients)
+    assert not torch.equal(optimizer.masters[parameters[0]].detach(), before.float())
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
