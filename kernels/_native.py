@@ -46,7 +46,8 @@ def _compiled(source: Path) -> str:
     """The path of the library, compiled unless it is in the cache already."""
     capability = torch.backends.cpu.get_cpu_capability()
     command = [*_compiler(), *_FLAGS, *_FLAGS_OF.get(capability, ()), str(source)]
-    key = hashlib.sha256(" ".join([*command, platform.machine()]).encode() + source.read_bytes()).hexdigest()
+    read = b"".join(file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h"))))
+    key = hashlib.sha256(" ".join([*command, platform.machine()]).encode() + read).hexdigest()
     cache, name = get_cache_manager(key), source.with_suffix(".so").name
     if (kept := cache.get_file(name)) is not None:
         return kept

@@ -2,9 +2,9 @@
    `adamw_halves.py` tells what the arguments are; what it gives as a list is here an array of pointers. */
 
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
+
+#include "_bfloat16.h"
 
 /* Numbers that one thread takes at a time. Where parts begin does not depend on how many threads there are, and so
    neither does a sum. */
@@ -12,23 +12,10 @@
 
 #define PARTS(count) (((count) + PART - 1) / PART)
 #define END(part, count) (((part) + 1) * PART < (count) ? ((part) + 1) * PART : (count))
-#define INLINE static inline __attribute__((always_inline))
 
-INLINE float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-INLINE uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-/* A gradient is bfloat16, which is the upper half of a float32, or float32. */
+/* A gradient is bfloat16 or float32. */
 INLINE float slope_at(const void *gradient, int is_half, int64_t i) {
-    return is_half ? float_of((uint32_t)((const uint16_t *)gradient)[i] << 16) : ((const float *)gradient)[i];
+    return is_half ? widen(((const uint16_t *)gradient)[i]) : ((const float *)gradient)[i];
 }
 
 typedef struct {

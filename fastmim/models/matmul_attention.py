@@ -1,10 +1,15 @@
-"""Attention as two matrix products and a softmax, a few images at a time: for bf16 on a CPU."""
+"""Attention whose backward pass is plain products, a few images at a time: for bf16 on a CPU.
+
+PyTorch's fused kernel is the fastest forwards there, and several times slower than products backwards.
+"""
 
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fastmim.kernels.softmax_gradient import softmax_gradient
 from fastmim.models.tracing import wants_plain_operators
 
 SCORES_BYTES = 3 * 2**20
@@ -12,14 +17,14 @@ SCORES_BYTES = 3 * 2**20
 
 
 def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over all tokens, whose backward pass computes the scores again.
+    """softmax(q k^T / sqrt(d)) v over all tokens, whose backward pass computes scores again, rounded to `q`'s dtype.
 
     Args:
         q: [B, N, heads, d].
         k, v: [B, M, heads, d].
 
     Returns:
-        [B, N, heads, d], in the dtype of `q`; the softmax is rounded to it.
+        [B, N, heads, d], in the dtype of `q`.
     """
     if wants_plain_operators():  # a compiler chooses what is kept
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -36,17 +41,13 @@ def matmul_self_attention(qkv: Tensor) -> Tensor:
 
 
 class _MatmulAttention(torch.autograd.Function):
-    """Keeps queries, keys and values as they are given, in three tensors or one; copies matrices of a few images."""
+    """Keeps queries, keys and values as they are given, in three tensors or one; backwards copies a few images."""
 
     @staticmethod
     def forward(ctx, *given: Tensor) -> Tensor:
         ctx.save_for_backward(*given)
-        q, k, v = _split(given)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        for part in _parts(q, k):
-            mq, mk, mv = (_matrices(x[part]) for x in (q, k, v))
-            out[part] = _tokens(_probabilities(mq, mk) @ mv, q)
-        return out
+        q, k, v = (x.transpose(1, 2) for x in _split(given))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -55,13 +56,12 @@ class _MatmulAttention(torch.autograd.Function):
         q, k, v = _split(given)
         grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in given)
         grad_q, grad_k, grad_v = _split(grads)
-        scale = _scale(q)
+        scale = q.shape[-1] ** -0.5
         for part in _parts(q, k):
             mq, mk, mv, mgrad = (_matrices(x[part]) for x in (q, k, v, grad))
-            probabilities = _probabilities(mq, mk)
+            scores = _scaled_product(mq, mk.transpose(1, 2), scale)
+            probabilities, scores = softmax_gradient(scores, mgrad @ mv.transpose(1, 2))
             grad_v[part] = _tokens(probabilities.transpose(1, 2) @ mgrad, v)
-            scores = mgrad @ mv.transpose(1, 2)
-            scores = torch._softmax_backward_data(scores, probabilities, -1, scores.dtype)
             grad_q[part] = _tokens(_scaled_product(scores, mk, scale), q)
             grad_k[part] = _tokens(_scaled_product(scores.transpose(1, 2), mq, scale), k)
         return grads
@@ -87,14 +87,6 @@ def _matrices(x: Tensor) -> Tensor:
 def _tokens(x: Tensor, like: Tensor) -> Tensor:
     """[b * heads, N, d] -> [b, N, heads, d], a view; `like` has so many heads."""
     return x.unflatten(0, (-1, like.shape[2])).transpose(1, 2)
-
-
-def _scale(q: Tensor) -> float:
-    return q.shape[-1] ** -0.5
-
-
-def _probabilities(q: Tensor, k: Tensor) -> Tensor:
-    return _scaled_product(q, k.transpose(1, 2), _scale(q)).softmax(-1)
 
 
 def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,27 @@
+/* bfloat16 and float32 for compilers that know float32 alone; loops over them become vector instructions. */
+
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* A bfloat16 is the upper half of a float32. */
+INLINE float widen(uint16_t half) { return float_of((uint32_t)half << 16); }
+
+/* The nearest bfloat16, of two the even one. */
+INLINE uint16_t narrow(float value) {
+    uint32_t bits = bits_of(value);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
