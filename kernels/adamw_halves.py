@@ -138,7 +138,7 @@ class NativeAdamW:
             factors, betas, eps, decay: as of `adamw_halves`.
         """
         kept = (rest, exp_avg, exp_avg_sq)
-        assert all(x.is_contiguous() for x in (*lows, *kept))
+        assert all(x.is_contiguous() and x.is_cpu for x in (*lows, *gradients, *kept))
         assert rest.dtype == torch.int16 and exp_avg.dtype == exp_avg_sq.dtype == torch.float32
         assert all(low.dtype == torch.int16 for low in lows)
         assert all(

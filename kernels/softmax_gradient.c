@@ -72,16 +72,13 @@ int softmax_gradient(uint16_t *scores, uint16_t *grads, int64_t rows, int64_t co
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         int64_t padded = (count + LANES - 1) / LANES * LANES;
-        float *score = malloc(2 * ROWS * padded * sizeof *score), *grad = score + ROWS * padded;
+        float *score = calloc(2 * ROWS * padded, sizeof *score), *grad = score + ROWS * padded;
         failed = !score;
-        if (score)
-            for (int64_t i = 0; i < ROWS * padded; ++i) score[i] = -INFINITY, grad[i] = 0;
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < rows; first += ROWS) {
-            int64_t some = rows - first < ROWS ? rows - first : ROWS;
+            int64_t some = failed ? 0 : rows - first < ROWS ? rows - first : ROWS;
             float most[ROWS];
             Sums sums[ROWS];
-            if (!score) continue;
             for (int64_t r = 0; r < some; ++r) {
                 int64_t at = (first + r) * count;
                 most[r] = take(scores + at, grads + at, count, score + r * padded, grad + r * padded);

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,13 +43,13 @@ def softmax_gradient(scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return scores, grad
 
 
-def _function():
+def _function() -> Callable[..., int] | None:
     library = native("softmax_gradient.c")
     return None if library is None else _typed(library)
 
 
 @functools.cache
-def _typed(library: ctypes.CDLL):
+def _typed(library: ctypes.CDLL) -> Callable[..., int]:
     function, integer = library.softmax_gradient, ctypes.c_int64
     function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, integer, integer, ctypes.c_int)
     return function
