@@ -63,7 +63,8 @@ class TrainConfig(Section):
     """auto is bf16 where the hardware computes it, else fp32."""
     attention: Literal["auto", "xformers", "sdpa", "short", "matmul"] = "auto"
     """auto is PyTorch's fused attention (sdpa); in 16 bits on CUDA a kernel for up to 64 tokens, and sdpa for more
-    (short); for bf16 on a CPU plain products (matmul). xformers is memory-efficient too."""
+    (short); for bf16 on a CPU the same forwards and plain products backwards (matmul). xformers is memory-efficient
+    too."""
     compile: bool = False
     """`torch.compile` each transformer block; ZeRO stages 0-2."""
     activation_checkpointing: bool = False

@@ -18,7 +18,6 @@ from fastmim.deepspeed_fragment import (
     sum_dtype,
 )
 from fastmim.errors import ConfigError
-from fastmim.kernels.adamw_halves import NativeAdamW
 from fastmim.objectives import build_objective
 from fastmim.split_adamw import CHUNKS
 
@@ -113,10 +112,8 @@ def predict_memory(
     summed = split and world_size == 1 and config.optim.accumulation > 1
     summed = summed and sum_dtype(config.deepspeed) != "bf16"
     if split:
-        # Two float32 numbers, or a gradient and the 16 bits of a parameter.
-        number = 8 if on_cpu else 6 if summed else 4
-        native = on_cpu and NativeAdamW.load() is not None
-        update = 0 if native else number * min(count, CHUNKS["cpu" if on_cpu else "cuda"])
+        # On CUDA, a gradient and the 16 bits of a parameter; on a CPU C updates what is there.
+        update = 0 if on_cpu else (6 if summed else 4) * min(count, CHUNKS["cuda"])
     else:
         update = 0 if offloads or precision == "fp32" else 4 * count // shards
     average = 4 * count // shards if config.train.ema_decay and not offloads else 0

@@ -2,7 +2,7 @@
 
 The operations are registered with PyTorch under `fastmim::`, differentiable where that has a meaning, and
 work under `torch.compile(fullgraph=True)`. They import nothing of fastmim: torch and triton are enough.
-`_dispatch` describes FASTMIM_KERNELS, which chooses between Triton kernels and plain PyTorch.
+`_dispatch` describes FASTMIM_KERNELS, which chooses between Triton kernels, plain PyTorch and C (`_native`).
 """
 
 # By full name: transformers probes for another package called `kernels` by importing it, finds this folder where

@@ -20,7 +20,8 @@ INLINE uint32_t bits_of(float value) {
 /* A bfloat16 is the upper half of a float32. */
 INLINE float widen(uint16_t half) { return float_of((uint32_t)half << 16); }
 
-/* The nearest bfloat16, of two the even one. */
+/* The nearest bfloat16, of two the even one. What is no number stays none if its lower half is 0, as that of all is that
+   come of bfloat16 or of arithmetic. */
 INLINE uint16_t narrow(float value) {
     uint32_t bits = bits_of(value);
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);

@@ -1,21 +1,18 @@
 """C for a CPU, where PyTorch's operators would go over memory again and again: compiled when it is first needed.
 
-A library is compiled in a fraction of a second and kept in Triton's cache, which TRITON_CACHE_DIR moves.
+A file takes a fraction of a second, so no library is kept, which could be another machine's or another compiler's.
 """
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
 import shlex
-import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from triton.runtime.cache import get_cache_manager
 
 from . import _dispatch
 
@@ -34,44 +31,36 @@ def native(source: str) -> ctypes.CDLL | None:
 
 @functools.cache
 def _load(source: str) -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(_compiled(Path(__file__).with_name(source)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        why = getattr(error, "stderr", None) or error
-        _dispatch.logger.warning("%s runs as plain PyTorch, which is slower on a CPU: %s", source, why)
-        return None
-
-
-def _compiled(source: Path) -> str:
-    """The path of the library, compiled unless it is in the cache already."""
     capability = torch.backends.cpu.get_cpu_capability()
-    command = [*_compiler(), *_FLAGS, *_FLAGS_OF.get(capability, ()), str(source)]
-    read = b"".join(file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h"))))
-    key = hashlib.sha256(" ".join([*command, platform.machine()]).encode() + read).hexdigest()
-    cache, name = get_cache_manager(key), source.with_suffix(".so").name
-    if (kept := cache.get_file(name)) is not None:
-        return kept
+    try:
+        library = _compile(Path(__file__).with_name(source), _FLAGS_OF.get(capability, ()))
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        why = getattr(error, "stderr", None) or error
+        _dispatch.logger.warning(
+            "%s runs as plain PyTorch, which is slower on a CPU: %s (CC names the compiler, TMPDIR its folder)",
+            source,
+            why,
+        )
+        return None
+    _dispatch.logger.info("cpu tensors: %s, compiled for %s", source, capability)
+    return library
+
+
+def _compile(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+    # gcc: its OpenMP is that of PyTorch's wheels, and threads are shared.
+    compiler = shlex.split(os.environ.get("CC", "")) or ["gcc"]
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / name
-        subprocess.run([*command, "-o", library, "-lm"], check=True, capture_output=True, text=True)
-        # Several ranks may do this at once; a file is moved to its place when it is whole.
-        return cache.put(library.read_bytes(), name, binary=True)
+        library = Path(folder) / source.with_suffix(".so").name
+        command = [*compiler, *_FLAGS, *flags, str(source), "-o", str(library), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        return ctypes.CDLL(str(library))  # stays mapped when its file is gone
 
 
-def _compiler() -> list[str]:
-    if "CC" in os.environ:
-        return shlex.split(os.environ["CC"])
-    names = ("gcc", "cc", "clang")
-    if found := next(filter(None, map(shutil.which, names)), None):
-        return [found]
-    raise FileNotFoundError(f"no C compiler: none of {', '.join(names)} is on the PATH")
-
-
-def pointers(tensors: list[torch.Tensor]) -> ctypes.Array:
+def pointers(tensors: Sequence[torch.Tensor]) -> ctypes.Array:
     """What C takes for a list of tensors; they have to live until it returns."""
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
-def integers(numbers: list[int]) -> ctypes.Array:
+def integers(numbers: Sequence[int]) -> ctypes.Array:
     """What C takes for a list of numbers, as int64_t."""
     return (ctypes.c_int64 * len(numbers))(*numbers)

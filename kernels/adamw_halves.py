@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import _dispatch
 from ._dispatch import kernel
@@ -89,17 +90,17 @@ class NativeAdamW:
     """
 
     def __init__(self, library: ctypes.CDLL):
-        integers, tensors = ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_void_p)
-        gradients, threads = (tensors, ctypes.c_int), ctypes.c_int
+        count, address, flag, threads = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_int
+        counts, addresses = ctypes.POINTER(count), ctypes.POINTER(address)
         self._norm, self._update = library.norm, library.adamw_halves
         self._norm.restype = ctypes.c_double
-        self._norm.argtypes = (ctypes.c_int64, integers, *gradients, threads)
-        kept = (ctypes.c_void_p,) * 3
-        numbers = ctypes.POINTER(ctypes.c_float)
+        self._norm.argtypes = (count, counts, addresses, flag, threads)
         self._update.restype = None
         self._update.argtypes = (
-            *(ctypes.c_int64, integers, integers, tensors),
-            *(*gradients, *kept, numbers, threads),
+            *(count, counts, counts, addresses),
+            *(addresses, flag),
+            *(address, address, address),
+            *(ctypes.POINTER(ctypes.c_float), threads),
         )
 
     @classmethod
@@ -110,6 +111,8 @@ class NativeAdamW:
 
     def norm(self, gradients: Sequence[Tensor]) -> float:
         """The 2-norm of all numbers of tensors [N] of one dtype, bfloat16 or float32."""
+        if not gradients:
+            return 0.0
         found = self._norm(*_sizes(gradients), *_gradients(gradients), torch.get_num_threads())
         if found < 0:
             raise MemoryError("for the norm of gradients")
@@ -151,6 +154,7 @@ class NativeAdamW:
             (ctypes.c_float * 8)(*factors.tolist(), *_rates(betas), eps, decay),
             torch.get_num_threads(),
         )
+        increment_version([*lows, *kept])  # for whoever kept a graph of them
 
 
 def _sizes(tensors: Sequence[Tensor]) -> tuple[int, ctypes.Array]:

@@ -13,17 +13,20 @@
 
 #define LOG2_E 1.44269504f
 
+/* 1.5 * 2^23: beside it float32 has whole numbers only, which stand in the lowest bits. */
+#define WHOLE 12582912.0f
+
 /* 2^x of x <= 0, within 3e-7 of it and never below 2^-100, in steps that all processors have vectors for. */
 INLINE float power(float x) {
     x = x < -100.0f ? -100.0f : x;
-    float whole = nearbyintf(x), part = x - whole;
+    float whole = x + WHOLE, part = x - (whole - WHOLE);
     float value = 1.33908634e-3f; /* a Chebyshev interpolation of 2^x in -1/2..1/2 */
     value = value * part + 9.67603192e-3f;
     value = value * part + 5.55035711e-2f;
     value = value * part + 2.40221075e-1f;
     value = value * part + 6.93147188e-1f;
     value = value * part + 1.00000008f;
-    return value * float_of((uint32_t)((int32_t)whole + 127) << 23);
+    return value * float_of((bits_of(whole) + 127) << 23);
 }
 
 /* Widens a row; returns its largest score. */

@@ -245,26 +245,70 @@ def test_threads_share_a_step_and_do_not_change_it(monkeypatch, summed):
         assert all(map(torch.equal, masters, found[0][1]))
 
 
+def test_a_graph_of_parameters_that_moved_on_is_refused(backend):
+    parameter = nn.Parameter(torch.ones(40).bfloat16())
+    optimizer = SplitAdamW([{"params": [parameter]}], lr=1.0)
+    loss = (parameter * parameter).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_gradients_of_other_strides(backend):
+    parameters, optimizer, _ = problem(0)
+    starts = [parameter.detach().clone() for parameter in parameters]
+    wide = [torch.randn(*parameter.shape, 2).bfloat16() for parameter in parameters]
+    for parameter, gradient in zip(parameters, wide, strict=True):
+        parameter.grad = gradient[..., 1]
+    optimizer.step()
+    for parameter, start, gradient, decay in zip(parameters, starts, wide, DECAYS, strict=True):
+        wanted = adamw_in_float64(start, [gradient[..., 1]], 1e-4, decay)
+        torch.testing.assert_close(
+            optimizer.masters[parameter].detach().double(), wanted, rtol=2e-6, atol=1e-7
+        )
+
+
 @pytest.fixture
-def nothing_compiled(monkeypatch, tmp_path):
-    """C is compiled anew, into a folder of the test's own."""
+def nothing_compiled(monkeypatch):
+    """C is compiled anew, now and by the next test."""
     monkeypatch.setattr(_dispatch, "MODE", "auto")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     _native._load.cache_clear()
     yield
     _native._load.cache_clear()
 
 
-def test_c_is_compiled_once_and_kept(nothing_compiled, monkeypatch):
-    assert NativeAdamW.load() is not None
-    _native._load.cache_clear()
-    monkeypatch.delattr(_native.subprocess, "run")
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
+def test_c_of_every_processor_computes_the_same(nothing_compiled, monkeypatch, capability):
+    order = ["DEFAULT", "AVX2", "AVX512"]
+    own = torch.backends.cpu.get_cpu_capability()
+    if own not in order or order.index(capability) > order.index(own):
+        pytest.skip(f"this processor has {own}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    parameters, optimizer, gradients = problem(3)
+    starts = [parameter.detach().clone() for parameter in parameters]
+    take_steps(parameters, optimizer, gradients)
+    assert optimizer._native is not None
+    for parameter, start, decay, *steps in zip(parameters, starts, DECAYS, *gradients, strict=True):
+        wanted = adamw_in_float64(start, steps, 1e-4, decay)
+        torch.testing.assert_close(
+            optimizer.masters[parameter].detach().double(), wanted, rtol=2e-6, atol=1e-7
+        )
+
+
+@pytest.mark.parametrize("compiler", ["", "gcc -g"])
+def test_the_compiler_may_be_named(nothing_compiled, monkeypatch, compiler):
+    monkeypatch.setenv("CC", compiler)
     assert NativeAdamW.load() is not None
 
 
 @pytest.mark.parametrize(
     ("compiler", "told"),
-    [("no-such-compiler -x", "'no-such-compiler'"), ("false", "exit status 1")],
+    [
+        ("no-such-compiler -x", "'no-such-compiler'"),
+        ("false", "exit status 1"),
+        ("'gcc", "No closing quotation"),
+    ],
 )
 def test_without_a_compiler_plain_pytorch_steps_and_it_is_told(
     nothing_compiled, monkeypatch, caplog, compiler, told

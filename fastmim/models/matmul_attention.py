@@ -1,6 +1,6 @@
 """Attention whose backward pass is plain products, a few images at a time: for bf16 on a CPU.
 
-PyTorch's fused kernel is the fastest forwards there, and several times slower than products backwards.
+PyTorch's fused kernel is the fastest forwards there, but not backwards (benchmarks/attention.py).
 """
 
 from collections.abc import Iterator
@@ -47,7 +47,8 @@ class _MatmulAttention(torch.autograd.Function):
     def forward(ctx, *given: Tensor) -> Tensor:
         ctx.save_for_backward(*given)
         q, k, v = (x.transpose(1, 2) for x in _split(given))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        with torch.autocast(q.device.type, enabled=False):
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

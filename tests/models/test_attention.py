@@ -78,6 +78,15 @@ def test_products_keep_no_scores(packed):
     assert sum(saved) == qkv.numel()
 
 
+def test_autocast_leaves_products_as_they_are():
+    qkv = torch.randn(2, 5, 3, 2, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = matmul_attention.matmul_self_attention(qkv)
+    found.sum().backward()
+    assert found.dtype == torch.float32 and qkv.grad.isfinite().all()
+    torch.testing.assert_close(found, exact_attention(*qkv.unbind(2)))
+
+
 def test_module_has_timms_parameters_and_result():
     from timm.layers.attention import Attention as TimmAttention
 
