@@ -1,6 +1,6 @@
 """C for a CPU, where PyTorch's operators would go over memory again and again: compiled when it is first needed.
 
-A file takes a fraction of a second, so no library is kept, which could be another machine's or another compiler's.
+No library is kept, which could be another machine's or another compiler's.
 """
 
 import ctypes

@@ -115,7 +115,7 @@ class NativeAdamW:
             return 0.0
         found = self._norm(*_sizes(gradients), *_gradients(gradients), torch.get_num_threads())
         if found < 0:
-            raise MemoryError("for the norm of gradients")
+            raise MemoryError(f"no memory for the norm of {len(gradients)} gradients")
         return found
 
     def update(

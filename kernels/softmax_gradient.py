@@ -42,7 +42,7 @@ def softmax_gradient(scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     with record_function("fastmim::softmax_gradient"):  # what is no operator has no name in a profile
         failed = function(scores.data_ptr(), grad.data_ptr(), rows, size, torch.get_num_threads())
     if failed:
-        raise MemoryError(f"for rows of {size} scores")
+        raise MemoryError(f"no memory for rows of {size} scores")
     return scores, grad
 
 

@@ -1,12 +1,11 @@
 """AdamW in two halves: against float64, stored and taken up, and steps that must not happen."""
 
 import copy
-import logging
 import math
 
 import pytest
 import torch
-from fastmim.kernels import _dispatch, _native
+from fastmim.kernels import _dispatch
 from fastmim.kernels.adamw_halves import NativeAdamW, _adamw_halves_kernel
 from hypothesis import given
 from hypothesis import strategies as st
@@ -267,59 +266,6 @@ def test_gradients_of_other_strides(backend):
         torch.testing.assert_close(
             optimizer.masters[parameter].detach().double(), wanted, rtol=2e-6, atol=1e-7
         )
-
-
-@pytest.fixture
-def nothing_compiled(monkeypatch):
-    """C is compiled anew, now and by the next test."""
-    monkeypatch.setattr(_dispatch, "MODE", "auto")
-    _native._load.cache_clear()
-    yield
-    _native._load.cache_clear()
-
-
-@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
-def test_c_of_every_processor_computes_the_same(nothing_compiled, monkeypatch, capability):
-    order = ["DEFAULT", "AVX2", "AVX512"]
-    own = torch.backends.cpu.get_cpu_capability()
-    if own not in order or order.index(capability) > order.index(own):
-        pytest.skip(f"this processor has {own}")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    parameters, optimizer, gradients = problem(3)
-    starts = [parameter.detach().clone() for parameter in parameters]
-    take_steps(parameters, optimizer, gradients)
-    assert optimizer._native is not None
-    for parameter, start, decay, *steps in zip(parameters, starts, DECAYS, *gradients, strict=True):
-        wanted = adamw_in_float64(start, steps, 1e-4, decay)
-        torch.testing.assert_close(
-            optimizer.masters[parameter].detach().double(), wanted, rtol=2e-6, atol=1e-7
-        )
-
-
-@pytest.mark.parametrize("compiler", ["", "gcc -g"])
-def test_the_compiler_may_be_named(nothing_compiled, monkeypatch, compiler):
-    monkeypatch.setenv("CC", compiler)
-    assert NativeAdamW.load() is not None
-
-
-@pytest.mark.parametrize(
-    ("compiler", "told"),
-    [
-        ("no-such-compiler -x", "'no-such-compiler'"),
-        ("false", "exit status 1"),
-        ("'gcc", "No closing quotation"),
-    ],
-)
-def test_without_a_compiler_plain_pytorch_steps_and_it_is_told(
-    nothing_compiled, monkeypatch, caplog, compiler, told
-):
-    monkeypatch.setenv("CC", compiler)
-    with caplog.at_level(logging.WARNING, "fastmim.kernels"):
-        parameters, optimizer, gradients = problem(1)
-    assert "adamw_halves.c runs as plain PyTorch" in caplog.text and told in caplog.text
-    before = parameters[0].detach().clone()
-    take_steps(parameters, optimizer, gradients)
-    assert not torch.equal(optimizer.masters[parameters[0]].detach(), before.float())
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
