@@ -35,7 +35,7 @@ _OPTIMISER = "Optimizer.step#"
 _NAMES = {
     LINEARS: "addmm|mm|.*convolution.*|.*linear.*",
     ATTENTION: "bmm|baddbmm|.*attention.*|.*softmax.*",
-    "LayerNorm": ".*layer_norm.*",
+    "LayerNorm": ".*layer_norm.*|.*norm_rows.*",
     "GELU": ".*gelu.*",
     "copies": "copy_|cat|gather|.*scatter.*|index.*",
     "sums": "(add|mul|div)_?|sum",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.config_training import OptimConfig
+from fastmim.kernels.adamw_halves import NativeAdamW
 
 TOKENS = ("cls_token", "mask_token", "pos_embed")
 
@@ -51,8 +52,11 @@ class GuardedAdamW(torch.optim.AdamW):
         assert not options.get("amsgrad"), "the state of amsgrad is not made here"
         super().__init__(params, fused=True, **options)
         self.clip_grad = clip_grad
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        # PyTorch's norm takes half of the time that its update does on a CPU, C a quarter.
+        self._native = NativeAdamW.load() if all(map(_is_plain, parameters)) else None
         # Made now: a first step would put them between what it is about to free, and a CPU's heap has to grow then.
-        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+        for parameter in parameters:
             self.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
@@ -64,8 +68,18 @@ class GuardedAdamW(torch.optim.AdamW):
         """Update the parameters, unless a gradient is infinite or not a number; gradients are there before."""
         assert closure is None, "what a closure computes would be looked at before it is computed"
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        self.grad_norm = self._norm([p.grad for p in parameters])
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, self.grad_norm)
         self.found_inf = (~self.grad_norm.isfinite()).float()
         super().step()
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        if self._native is None or not all(map(_is_plain, gradients)):
+            return nn.utils.get_total_norm(gradients)
+        return torch.tensor(self._native.norm([gradient.view(-1) for gradient in gradients]))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether C takes the tensor as it lies."""
+    return tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous()

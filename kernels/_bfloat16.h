@@ -1,5 +1,8 @@
 /* bfloat16 and float32 for compilers that know float32 alone; loops over them become vector instructions. */
 
+#ifndef BFLOAT16_H
+#define BFLOAT16_H
+
 #include <stdint.h>
 #include <string.h>
 
@@ -26,3 +29,21 @@ INLINE uint16_t narrow(float value) {
     uint32_t bits = bits_of(value);
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+
+/* Of memory that holds float32 or, where it is of halves, bfloat16. */
+INLINE float load(const void *numbers, int half, int64_t i) {
+    return half ? widen(((const uint16_t *)numbers)[i]) : ((const float *)numbers)[i];
+}
+
+INLINE void store(void *numbers, int half, int64_t i, float value) {
+    if (half)
+        ((uint16_t *)numbers)[i] = narrow(value);
+    else
+        ((float *)numbers)[i] = value;
+}
+
+INLINE void *place(const void *numbers, int half, int64_t i) {
+    return (char *)numbers + i * (half ? sizeof(uint16_t) : sizeof(float));
+}
+
+#endif

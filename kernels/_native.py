@@ -23,6 +23,9 @@ _FLAGS_OF = {
 }
 """Of what PyTorch found the processor to have."""
 
+HALF = {torch.float32: 0, torch.bfloat16: 1}
+"""The dtypes that C takes -> whether it widens them."""
+
 
 def native(source: str) -> ctypes.CDLL | None:
     """The library of a C file of this folder; None where FASTMIM_KERNELS or a missing compiler rules it out."""

@@ -13,11 +13,6 @@
 #define PARTS(count) (((count) + PART - 1) / PART)
 #define END(part, count) (((part) + 1) * PART < (count) ? ((part) + 1) * PART : (count))
 
-/* A gradient is bfloat16 or float32. */
-INLINE float slope_at(const void *gradient, int is_half, int64_t i) {
-    return is_half ? widen(((const uint16_t *)gradient)[i]) : ((const float *)gradient)[i];
-}
-
 typedef struct {
     float rate, root, scale, allowed; /* `adamw_factors` */
     float rate1, rate2, eps, decay;
@@ -27,7 +22,7 @@ INLINE void update(uint16_t *restrict low, int16_t *restrict rest, float *restri
                    const void *restrict gradient, int is_half, const Step step, int64_t begin, int64_t end) {
 #pragma omp simd
     for (int64_t i = begin; i < end; ++i) {
-        float slope = slope_at(gradient, is_half, i) * step.scale;
+        float slope = load(gradient, is_half, i) * step.scale;
         float mean = exp_avg[i] + (slope - exp_avg[i]) * step.rate1;
         float square = exp_avg_sq[i] + (slope * slope - exp_avg_sq[i]) * step.rate2;
         exp_avg[i] = mean;
@@ -63,7 +58,7 @@ INLINE float sum_of_squares(const void *gradient, int is_half, int64_t begin, in
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = begin; i < end; ++i) {
-        float slope = slope_at(gradient, is_half, i);
+        float slope = load(gradient, is_half, i);
         sum += slope * slope;
     }
     return sum;

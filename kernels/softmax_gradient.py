@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ._native import native
+from ._native import HALF, native
 
 
 def softmax_gradient_reference(scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,8 +20,8 @@ def softmax_gradient_reference(scores: Tensor, grad: Tensor) -> tuple[Tensor, Te
 def softmax_gradient(scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The softmax over the last dimension, and the gradient of what it is given.
 
-    On a CPU C computes it for contiguous bfloat16, in the memory of both arguments, from probabilities in float32. Then
-    8 bytes are moved for a score, and each row is visited once.
+    On a CPU C computes it for contiguous float32 and bfloat16, in the memory of both arguments, from probabilities in
+    float32. Then 4 numbers are moved for a score, and each row is visited once.
 
     Args:
         scores: [..., N].
@@ -31,16 +31,16 @@ def softmax_gradient(scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         The probabilities and the gradient of the scores; the arguments are used up.
     """
     assert scores.shape == grad.shape and scores.dtype == grad.dtype
-    fits = (
-        scores.is_cpu and scores.dtype == torch.bfloat16 and scores.is_contiguous() and grad.is_contiguous()
-    )
+    fits = scores.is_cpu and scores.dtype in HALF and scores.is_contiguous() and grad.is_contiguous()
     function = _function() if fits else None
     if function is None:
         return softmax_gradient_reference(scores, grad)
     size = scores.shape[-1]
     rows = scores.numel() // max(size, 1)
     with record_function("fastmim::softmax_gradient"):  # what is no operator has no name in a profile
-        failed = function(scores.data_ptr(), grad.data_ptr(), rows, size, torch.get_num_threads())
+        failed = function(
+            *(scores.data_ptr(), grad.data_ptr(), HALF[scores.dtype], rows, size, torch.get_num_threads())
+        )
     if failed:
         raise MemoryError(f"no memory for rows of {size} scores")
     return scores, grad
@@ -54,5 +54,5 @@ def _function() -> Callable[..., int] | None:
 @functools.cache
 def _typed(library: ctypes.CDLL) -> Callable[..., int]:
     function, integer = library.softmax_gradient, ctypes.c_int64
-    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, integer, integer, ctypes.c_int)
+    function.argtypes = (*[ctypes.c_void_p] * 2, ctypes.c_int, integer, integer, ctypes.c_int)
     return function

@@ -85,3 +85,17 @@ def test_what_is_not_guarded_is_refused():
         GuardedAdamW(layer.parameters(), amsgrad=True)
     with pytest.raises(AssertionError, match="closure"):
         GuardedAdamW(layer.parameters()).step(lambda: None)
+
+
+def test_the_norm_is_that_of_all_gradients():
+    """By C where gradients are as C takes them, else by PyTorch."""
+    torch.manual_seed(0)
+    weight, bias = nn.Parameter(torch.zeros(300, 70)), nn.Parameter(torch.zeros(300))
+    optimizer = GuardedAdamW([weight, bias], lr=0.1)
+    for transposed in (False, True):
+        bias.grad = torch.randn(300)
+        weight.grad = torch.randn(70, 300).T if transposed else torch.randn(300, 70)
+        wanted = sum(parameter.grad.double().square().sum() for parameter in (weight, bias)).sqrt()
+        optimizer.step()
+        torch.testing.assert_close(optimizer.grad_norm.double(), wanted, rtol=1e-6, atol=0)
+        assert optimizer.grad_norm.dtype == torch.float32 and optimizer.grad_norm.shape == ()

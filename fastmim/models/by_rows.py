@@ -2,7 +2,7 @@
 
 Some tokens go through norm, linears, GELU and residual addition, and then the next ones: what one operation writes is
 in the cache when another reads it. Results of norms and GELU are not kept for the backward pass, which computes them
-again. GELU's lie in the same memory from call to call (`room.py`).
+again. What lives for some rows only lies in the same memory from call to call (`room.py`).
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import torch.nn.modules.module as torch_modules
 from torch import Tensor, nn
 
 from fastmim.kernels import _dispatch
+from fastmim.kernels.block_rows import gelu_rows, gelu_rows_gradient, norm_rows_gradient
 from fastmim.models.tracing import wants_plain_operators
 from fastmim.room import Room, equal_parts
 
@@ -100,8 +101,7 @@ class _NormLinear(torch.autograd.Function):
         of_weight = _WeightGradient(weight, len(parts), ctx.needs_input_grad[3])
         norm = _NormGradient(x, gain, shift, ctx.eps)
         for part in parts:
-            of_weight.add(grads[part], norm.forward(part))
-            norm.backward(_product("of_normed", grads[part], weight))
+            of_weight.add(grads[part], norm.backward(part, _product("of_normed", grads[part], weight)))
         return *norm.gradients(), of_weight.total(), grads.sum(0), None
 
 
@@ -132,21 +132,22 @@ class _NormMLP(torch.autograd.Function):
             out.copy_(bias2)
         rows, out_rows = _rows(x), _rows(out)
         hidden = x.new_empty(len(rows), len(weight1)) if keep else None
-        ctx.save_for_backward(x, gain, shift, weight1, weight2, hidden)
+        ctx.save_for_backward(x, gain, shift, weight1, bias1, weight2, hidden)
         ctx.eps, ctx.add = eps, add
         for part in _parts(rows, len(weight1)):
             normed = F.layer_norm(rows[part], gain.shape, gain, shift, eps)
             into = (
                 _room.take("hidden", len(normed), len(weight1), x.dtype) if hidden is None else hidden[part]
             )
-            torch.addmm(bias1, normed, weight1.t(), out=into)
-            torch.addmm(out_rows[part], _gelu(into), weight2.t(), out=out_rows[part])
+            torch.mm(normed, weight1.t(), out=into)
+            active = gelu_rows(into, bias1, _room.take("active", *into.shape, x.dtype))
+            torch.addmm(out_rows[part], active, weight2.t(), out=out_rows[part])
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, gain, shift, weight1, weight2, hidden = ctx.saved_tensors
+        x, gain, shift, weight1, bias1, weight2, hidden = ctx.saved_tensors
         grads = _rows(grad)
         parts = _parts(grads, len(weight1))
         of_weight1 = _WeightGradient(weight1, len(parts), ctx.needs_input_grad[3])
@@ -154,15 +155,14 @@ class _NormMLP(torch.autograd.Function):
         of_bias1 = _zeros_for_sum(x, len(weight1))
         norm = _NormGradient(x, gain, shift, ctx.eps, grads if ctx.add else None)
         for part in parts:
-            if of_weight2.wanted:
-                of_weight2.add(grads[part], _gelu(hidden[part]))
-            of_hidden = _product("active", grads[part], weight2)  # where GELU's result lay
-            torch.ops.aten.gelu_backward.grad_input(of_hidden, hidden[part], grad_input=of_hidden)
-            of_bias1 += of_hidden.sum(0)
-            of_weight1.add(of_hidden, norm.forward(part))
-            norm.backward(_product("of_normed", of_hidden, weight1))
-        of_bias1, of_bias2 = of_bias1.to(x.dtype), grads.sum(0)
-        return *norm.gradients(), of_weight1.total(), of_bias1, of_weight2.total(), of_bias2, None, None, None
+            of_hidden = _product("of_hidden", grads[part], weight2)
+            active = _room.take("active", *of_hidden.shape, x.dtype)
+            gelu_rows_gradient(hidden[part], bias1, of_hidden, active, of_bias1)
+            of_weight2.add(grads[part], active)
+            of_weight1.add(of_hidden, norm.backward(part, _product("of_normed", of_hidden, weight1)))
+        of_bias2 = norm.sum_of_added() if ctx.add else grads.sum(0)
+        of_mlp = of_weight1.total(), of_bias1.to(x.dtype), of_weight2.total(), of_bias2
+        return *norm.gradients(), *of_mlp, None, None, None
 
 
 class _NormGradient:
@@ -178,37 +178,22 @@ class _NormGradient:
     def __init__(self, x: Tensor, gain: Tensor, shift: Tensor, eps: float, added: Tensor | None = None):
         self._rows, self._gain, self._shift, self._eps, self._added = _rows(x), gain, shift, eps, added
         self._of_x = _contiguous(x)
-        self._sums = _zeros_for_sum(x, 2, len(gain))
+        self._sums = _zeros_for_sum(x, 3, len(gain))
 
-    def forward(self, part: slice) -> Tensor:
-        """The norm of these rows."""
-        self._part = part
-        normed, *self._statistics = torch.native_layer_norm(
-            self._rows[part], self._gain.shape, self._gain, self._shift, self._eps
-        )
-        return normed
-
-    def backward(self, grad: Tensor) -> None:
-        """Take the gradient of what `forward` gave last."""
-        of_rows, *of_parameters = torch.ops.aten.native_layer_norm_backward(
-            grad,
-            self._rows[self._part],
-            self._gain.shape,
-            *self._statistics,
-            self._gain,
-            self._shift,
-            [True, True, True],
-        )
-        self._sums += torch.stack(of_parameters)
-        into = _rows(self._of_x)[self._part]
-        if self._added is None:
-            into.copy_(of_rows)
-        else:
-            torch.add(of_rows, self._added[self._part], out=into)
+    def backward(self, part: slice, grad: Tensor) -> Tensor:
+        """The norm of these rows, in the memory of the gradient of it [rows, D]."""
+        added = None if self._added is None else self._added[part]
+        norm = self._rows[part], self._gain, self._shift, self._eps
+        norm_rows_gradient(*norm, grad, added, _rows(self._of_x)[part], self._sums)
+        return grad
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of x, gain and shift."""
-        return self._of_x, *self._sums.to(self._gain.dtype)
+        return self._of_x, *self._sums[:2].to(self._gain.dtype)
+
+    def sum_of_added(self) -> Tensor:
+        """[D], over all rows."""
+        return self._sums[2].to(self._gain.dtype)
 
 
 class _WeightGradient:
@@ -245,11 +230,6 @@ class _WeightGradient:
 
 
 _room = Room()
-
-
-def _gelu(hidden: Tensor) -> Tensor:
-    out = _room.take("active", *hidden.shape, hidden.dtype)
-    return torch.ops.aten.gelu.out(hidden, out=out)
 
 
 def _product(name: str, a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,171 @@
+"""GELU and LayerNorm on rows, with their gradients: against float64, in C and by PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastmim.kernels import _dispatch
+from fastmim.kernels.block_rows import gelu_rows, gelu_rows_gradient, norm_rows_gradient
+
+HALF_STEP = 2**-8
+"""Of bfloat16, relative: what rounding to the nearest changes at most."""
+EPS = 1e-6
+SHAPES = [(1, 1), (7, 16), (5, 37), (33, 130)]
+
+
+@pytest.fixture(params=["auto", "reference"])
+def mode(request, monkeypatch):
+    monkeypatch.setattr(_dispatch, "MODE", request.param)
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def dtype(request):
+    return request.param
+
+
+def close(got, exact, dtype, mode, scale=None):
+    """Rounded once by C; PyTorch rounds what it passes on, relative to the largest."""
+    scale = exact.abs().max() if scale is None else scale
+    step = HALF_STEP if dtype == torch.bfloat16 else 2**-24
+    slack = 1e-6 if dtype == torch.float32 or mode == "auto" else 4 * HALF_STEP
+    assert got.dtype == dtype
+    assert ((got.double() - exact).abs() <= 1.001 * step * exact.abs() + slack * scale).all()
+
+
+def random(*shape, dtype):
+    return torch.randn(shape).to(dtype)
+
+
+def gelu_problem(shape, dtype):
+    torch.manual_seed(0)
+    return 3 * random(*shape, dtype=dtype), random(shape[1], dtype=dtype), random(*shape, dtype=dtype)
+
+
+def exact_gelu(x):
+    return x * (1 + (x / 2**0.5).erf()) / 2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gelu_of_rows_and_a_bias(mode, dtype, shape):
+    hidden, bias, _ = gelu_problem(shape, dtype)
+    out = torch.full_like(hidden, torch.nan)
+    assert gelu_rows(hidden, bias, out) is out
+    close(out, exact_gelu(hidden.double() + bias.double()), dtype, mode)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gradient_of_gelu(mode, dtype, shape):
+    hidden, bias, grad = gelu_problem(shape, dtype)
+    x = (hidden.double() + bias.double()).requires_grad_()
+    exact = exact_gelu(x)
+    exact.backward(grad.double())
+    active, of_bias, before = torch.full_like(hidden, torch.nan), torch.randn(shape[1]), hidden.clone()
+    wanted = of_bias.double() + x.grad.sum(0)
+    gelu_rows_gradient(hidden, bias, grad, active, of_bias)
+    assert torch.equal(hidden, before)
+    close(active, exact.detach(), dtype, mode)
+    close(grad, x.grad, dtype, mode)
+    slack = 1e-5 if dtype == torch.float32 or mode == "auto" else 0.1
+    torch.testing.assert_close(of_bias.double(), wanted, rtol=slack, atol=slack)
+
+
+def test_gelu_has_tails(monkeypatch):
+    monkeypatch.setattr(_dispatch, "MODE", "auto")
+    x = torch.tensor([[-torch.inf, -3e38, -100, -20, -14.5, -13, -6, 0, 1e-30, 6, 13, 100, 3e38, torch.inf]])
+    grad, active, of_bias = torch.ones_like(x), torch.empty_like(x), torch.zeros(x.shape[1])
+    gelu_rows_gradient(x, torch.zeros(x.shape[1]), grad, active, of_bias)
+    finite = slice(1, -1)
+    exact = (x[0, finite].double() * torch.special.ndtr(x[0, finite].double())).float()
+    torch.testing.assert_close(active[0, finite], exact, rtol=1e-6, atol=1e-6)
+    slope = torch.special.ndtr(x[0].double())
+    slope[finite] += (x[0, finite].double() * (-(x[0, finite].double() ** 2) / 2).exp()) / (
+        2 * torch.pi
+    ) ** 0.5
+    torch.testing.assert_close(grad[0, finite], slope[finite].float(), rtol=1e-6, atol=1e-6)
+    assert active[0, -1] == torch.inf
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_the_gradient_of_a_norm(mode, dtype, shape, adds):
+    torch.manual_seed(0)
+    x, grad, added = (
+        2 * random(*shape, dtype=dtype) + 1,
+        random(*shape, dtype=dtype),
+        random(*shape, dtype=dtype),
+    )
+    gain, shift = random(shape[1], dtype=dtype), random(shape[1], dtype=dtype)
+    leaves = [t.double().requires_grad_() for t in (x, gain, shift)]
+    normed = F.layer_norm(leaves[0], (shape[1],), *leaves[1:], EPS)
+    normed.backward(grad.double())
+    of_x, sums = torch.full_like(x, torch.nan), torch.randn(3, shape[1])
+    wanted = sums.double() + torch.stack(
+        [leaves[1].grad, leaves[2].grad, added.double().sum(0) if adds else torch.zeros(shape[1]).double()]
+    )
+    norm_rows_gradient(x, gain, shift, EPS, grad, added if adds else None, of_x, sums)
+    close(grad, normed.detach(), dtype, mode)
+    exact = leaves[0].grad + (added.double() if adds else 0)
+    close(of_x, exact, dtype, mode, scale=max(1, exact.abs().max()))
+    slack = 2e-5 if dtype == torch.float32 or mode == "auto" else 0.1
+    torch.testing.assert_close(sums.double(), wanted, rtol=slack, atol=slack)
+
+
+def test_a_sum_has_the_order_of_its_threads(monkeypatch):
+    monkeypatch.setattr(_dispatch, "MODE", "auto")
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3, 3, 50):
+            torch.set_num_threads(count)
+            hidden, bias, grad = gelu_problem((33, 130), torch.float32)
+            of_bias = torch.zeros(130)
+            gelu_rows_gradient(hidden, bias, grad, torch.empty_like(hidden), of_bias)
+            found.append((grad, of_bias))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(grad, found[0][0]) for grad, _ in found)
+    assert torch.equal(found[1][1], found[2][1])
+    for _, of_bias in found:
+        torch.testing.assert_close(of_bias, found[0][1], rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_number_stays_none(mode, dtype):
+    hidden, bias, grad = gelu_problem((4, 37), dtype)
+    hidden[1, 3] = torch.nan
+    grad[2, 5] = torch.nan
+    of_bias, active = torch.zeros(37), torch.empty_like(hidden)
+    x, of_norm, of_x = hidden.clone(), grad.clone(), torch.empty_like(hidden)
+    gelu_rows_gradient(hidden, bias, grad, active, of_bias)
+    assert active.isnan().nonzero().tolist() == [[1, 3]]
+    assert grad.isnan().nonzero().tolist() == [[1, 3], [2, 5]]
+    assert of_bias.isnan().nonzero().flatten().tolist() == [3, 5]
+    norm_rows_gradient(x, bias, bias, EPS, of_norm, None, of_x, torch.zeros(3, 37))
+    assert of_norm.isnan().all(-1).tolist() == [False, True, False, False]
+    assert of_x.isnan().any(-1).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("case", [torch.float64, torch.float16, "strided", "empty"], ids=str)
+def test_what_c_does_not_take_is_computed_too(monkeypatch, case):
+    monkeypatch.setattr(_dispatch, "MODE", "auto")
+    dtype = torch.float32 if isinstance(case, str) else case
+    hidden, bias, grad = gelu_problem((6, 8), dtype)
+    if case == "strided":
+        hidden = hidden.T.contiguous().T
+    if case == "empty":
+        hidden, grad = hidden[:0], grad[:0]
+    sums = torch.promote_types(dtype, torch.float32)
+    leaves = [t.double().clone().requires_grad_() for t in (hidden, bias, bias)]
+    normed = F.layer_norm(leaves[0], (8,), *leaves[1:], EPS)
+    normed.backward(grad.double())
+    of_norm, of_x, active, of_bias = (
+        grad.clone(),
+        torch.empty_like(grad),
+        torch.empty_like(grad),
+        torch.zeros(8),
+    )
+    norm_rows_gradient(hidden, bias, bias, EPS, of_norm, grad, of_x, torch.zeros(3, 8, dtype=sums))
+    torch.testing.assert_close(of_norm.double(), normed.detach(), rtol=0, atol=0.02)
+    torch.testing.assert_close(of_x.double(), leaves[0].grad + grad.double(), rtol=0, atol=0.02)
+    gelu_rows_gradient(hidden, bias, grad, active, of_bias.to(sums))
+    exact = exact_gelu(hidden.double() + bias.double())
+    torch.testing.assert_close(active.double(), exact, rtol=0, atol=0.02)
+    torch.testing.assert_close(gelu_rows(hidden, bias, active.clone()).double(), exact, rtol=0, atol=0.02)
