@@ -2,15 +2,19 @@
    CPU. `block_rows.py` tells what the arguments are. A function returns 0, or 1 where there is no memory. */
 
 #include <math.h>
-#include <omp.h>
 #include <stdlib.h>
 
 #include "_power.h"
 
-/* Adds what each thread has summed, in the threads' order. */
-static void add_up(float *restrict sums, const float *restrict parts, int64_t count, int threads) {
-    for (int thread = 0; thread < threads; ++thread)
-        for (int64_t i = 0; i < count; ++i) sums[i] += parts[thread * count + i];
+/* Rows whose sum one thread forms. Sums are added in the order of rows and do not depend on the number of threads. */
+#define PART 32
+
+#define PARTS(rows) (((rows) + PART - 1) / PART)
+#define END(part, rows) (((part) + 1) * PART < (rows) ? ((part) + 1) * PART : (rows))
+
+static void add_up(float *restrict sums, const float *restrict of_parts, int64_t count, int64_t parts) {
+    for (int64_t part = 0; part < parts; ++part)
+        for (int64_t i = 0; i < count; ++i) sums[i] += of_parts[part * count + i];
 }
 
 /* ---- GELU ---- */
@@ -71,30 +75,30 @@ INLINE void activate_back(const void *hidden, const void *bias, void *grad, void
     }
 }
 
-int gelu_rows_gradient(const void *hidden, const void *bias, void *grad, void *active, float *sum, int half,
+int gelu_rows_gradient(const void *hidden, const void *bias, void *grad, void *active, float *of_bias, int half,
                        int64_t rows, int64_t width, int threads) {
-    float *parts = calloc(threads * width, sizeof *parts);
-    if (!parts) return 1;
+    float *sums = calloc(PARTS(rows) * width + 1, sizeof *sums);
+    if (!sums) return 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < rows; ++r) {
-        float *part = parts + omp_get_thread_num() * width;
-        const void *from = place(hidden, half, r * width);
-        void *upstream = place(grad, half, r * width), *to = place(active, half, r * width);
-        if (half)
-            activate_back(from, bias, upstream, to, part, 1, width);
-        else
-            activate_back(from, bias, upstream, to, part, 0, width);
-    }
-    add_up(sum, parts, width, threads);
-    free(parts);
+    for (int64_t part = 0; part < PARTS(rows); ++part)
+        for (int64_t r = part * PART; r < END(part, rows); ++r) {
+            const void *from = place(hidden, half, r * width);
+            void *upstream = place(grad, half, r * width), *to = place(active, half, r * width);
+            if (half)
+                activate_back(from, bias, upstream, to, sums + part * width, 1, width);
+            else
+                activate_back(from, bias, upstream, to, sums + part * width, 0, width);
+        }
+    add_up(of_bias, sums, width, PARTS(rows));
+    free(sums);
     return 0;
 }
 
 /* ---- LayerNorm ---- */
 
 typedef struct {
-    float *restrict centred, *restrict grad;                         /* of one row */
-    float *restrict of_gain, *restrict of_shift, *restrict of_added; /* sums over rows */
+    float *restrict centred, *restrict grad; /* of one row */
+    float *restrict of_gain, *restrict of_shift, *restrict of_added; /* sums over a part */
 } Work;
 
 INLINE void norm_back(const void *x, const void *gain, const void *shift, float eps, void *grad, const void *added,
@@ -135,31 +139,33 @@ INLINE void norm_back(const void *x, const void *gain, const void *shift, float 
 
 int norm_rows_gradient(const void *x, const void *gain, const void *shift, float eps, void *grad, const void *added,
                        void *of_x, float *sums, int half, int64_t rows, int64_t width, int threads) {
-    float *parts = calloc(threads * 3 * width, sizeof *parts);
-    int failed = !parts;
+    float *of_parts = calloc(PARTS(rows) * 3 * width + 1, sizeof *of_parts);
+    int failed = !of_parts;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
-        float *centred = malloc(2 * width * sizeof *centred);
-        failed |= !centred;
-        float *part = parts + omp_get_thread_num() * 3 * width;
-        Work work = {centred, centred + width, part, part + width, part + 2 * width};
+        float *row = malloc(2 * width * sizeof *row);
+        failed |= !row;
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < (failed ? 0 : rows); ++r) {
-            const void *from = place(x, half, r * width);
-            const void *more = added ? place(added, half, r * width) : 0;
-            void *upstream = place(grad, half, r * width), *to = place(of_x, half, r * width);
-            if (half && added)
-                norm_back(from, gain, shift, eps, upstream, more, to, work, 1, 1, width);
-            else if (half)
-                norm_back(from, gain, shift, eps, upstream, more, to, work, 1, 0, width);
-            else if (added)
-                norm_back(from, gain, shift, eps, upstream, more, to, work, 0, 1, width);
-            else
-                norm_back(from, gain, shift, eps, upstream, more, to, work, 0, 0, width);
+        for (int64_t part = 0; part < PARTS(rows); ++part) {
+            float *own = failed ? 0 : of_parts + part * 3 * width;
+            Work work = {row, row + width, own, own + width, own + 2 * width};
+            for (int64_t r = part * PART; r < (failed ? 0 : END(part, rows)); ++r) {
+                const void *from = place(x, half, r * width);
+                const void *more = added ? place(added, half, r * width) : 0;
+                void *upstream = place(grad, half, r * width), *to = place(of_x, half, r * width);
+                if (half && added)
+                    norm_back(from, gain, shift, eps, upstream, more, to, work, 1, 1, width);
+                else if (half)
+                    norm_back(from, gain, shift, eps, upstream, more, to, work, 1, 0, width);
+                else if (added)
+                    norm_back(from, gain, shift, eps, upstream, more, to, work, 0, 1, width);
+                else
+                    norm_back(from, gain, shift, eps, upstream, more, to, work, 0, 0, width);
+            }
         }
-        free(centred);
+        free(row);
     }
-    if (!failed) add_up(sums, parts, 3 * width, threads);
-    free(parts);
+    if (!failed) add_up(sums, of_parts, 3 * width, PARTS(rows));
+    free(of_parts);
     return failed;
 }

@@ -45,7 +45,7 @@ def gelu_rows_gradient(hidden: Tensor, bias: Tensor, grad: Tensor, active: Tenso
         of_bias: float32 [D] (float64 for such rows), to which the gradient of `bias` is added.
 
     Raises:
-        MemoryError: no memory for the sums of each thread.
+        MemoryError: no memory for sums of some rows each.
     """
     library = _library_for(hidden, bias, grad, active, sums=of_bias)
     if library is None:
@@ -82,7 +82,7 @@ def norm_rows_gradient(
             sum of `added`.
 
     Raises:
-        MemoryError: no memory for the sums of each thread.
+        MemoryError: no memory for sums of some rows each.
     """
     given = (x, gain, shift, grad, of_x) if added is None else (x, gain, shift, grad, of_x, added)
     library = _library_for(*given, sums=sums)

@@ -4,8 +4,10 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fastmim.kernels import _dispatch, _native
 from fastmim.kernels.adamw_halves import NativeAdamW
+from fastmim.kernels.block_rows import gelu_rows
 from fastmim.kernels.softmax_gradient import softmax_gradient
 from torch import nn
 
@@ -32,13 +34,15 @@ def test_c_of_every_processor_computes_the_same(nothing_compiled, monkeypatch, c
     torch.manual_seed(0)
     scores, grad = torch.randn(5, 37).bfloat16(), torch.randn(5, 37).bfloat16()
     start, gradient = torch.randn(5000).bfloat16(), torch.randn(5000).bfloat16()
-    wanted = scores.double().softmax(-1)
+    wanted, hidden = scores.double().softmax(-1), torch.randn(5, 37)
     with caplog.at_level(logging.INFO, "fastmim.kernels"):
         found, _ = softmax_gradient(scores, grad)
+        active = gelu_rows(hidden, torch.ones(37), torch.empty_like(hidden))
         parameter = nn.Parameter(start.clone())
         optimizer = SplitAdamW([{"params": [parameter]}], lr=1e-4)
-    assert caplog.text.count(f"compiled for {capability}") == 2 and found is scores
+    assert caplog.text.count(f"compiled for {capability}") == 3 and found is scores
     torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(active, F.gelu(hidden + 1), rtol=1e-5, atol=1e-6)
     parameter.grad = gradient
     optimizer.step()
     # The first step of AdamW goes by the learning rate, against the gradient's sign.
