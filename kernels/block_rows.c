@@ -62,32 +62,30 @@ int gelu_rows(const void *hidden, const void *bias, void *out, int half, int64_t
     return 0;
 }
 
-INLINE void activate_back(const void *hidden, const void *bias, void *grad, void *active, float *restrict sum, int half,
-                          int64_t width) {
+INLINE void activate_back(void *hidden, const void *bias, void *grad, float *restrict sum, int half, int64_t width) {
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
         float x = load(hidden, half, i) + load(bias, half, i);
         Normal at = normal(x);
         float slope = load(grad, half, i) * (at.below + x * at.density);
-        store(active, half, i, x * at.below);
+        store(hidden, half, i, x * at.below);
         store(grad, half, i, slope);
         sum[i] += slope;
     }
 }
 
-int gelu_rows_gradient(const void *hidden, const void *bias, void *grad, void *active, float *of_bias, int half,
-                       int64_t rows, int64_t width, int threads) {
+int gelu_rows_gradient(void *hidden, const void *bias, void *grad, float *of_bias, int half, int64_t rows,
+                       int64_t width, int threads) {
     float *sums = calloc(PARTS(rows) * width + 1, sizeof *sums);
     if (!sums) return 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t part = 0; part < PARTS(rows); ++part)
         for (int64_t r = part * PART; r < END(part, rows); ++r) {
-            const void *from = place(hidden, half, r * width);
-            void *upstream = place(grad, half, r * width), *to = place(active, half, r * width);
+            void *row = place(hidden, half, r * width), *upstream = place(grad, half, r * width);
             if (half)
-                activate_back(from, bias, upstream, to, sums + part * width, 1, width);
+                activate_back(row, bias, upstream, sums + part * width, 1, width);
             else
-                activate_back(from, bias, upstream, to, sums + part * width, 0, width);
+                activate_back(row, bias, upstream, sums + part * width, 0, width);
         }
     add_up(of_bias, sums, width, PARTS(rows));
     free(sums);

@@ -35,27 +35,26 @@ def gelu_rows(hidden: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def gelu_rows_gradient(hidden: Tensor, bias: Tensor, grad: Tensor, active: Tensor, of_bias: Tensor) -> None:
+def gelu_rows_gradient(hidden: Tensor, bias: Tensor, grad: Tensor, of_bias: Tensor) -> None:
     """The gradient of `gelu_rows`, and its result again. 4 numbers are moved for one of `hidden`.
 
     Args:
-        hidden, bias: of `gelu_rows`.
+        hidden, bias: of `gelu_rows`; `hidden` becomes its result.
         grad: as `hidden`, of the result; becomes the gradient of `hidden`.
-        active: as `hidden`; takes the result.
         of_bias: float32 [D] (float64 for such rows), to which the gradient of `bias` is added.
 
     Raises:
         MemoryError: no memory for sums of some rows each.
     """
-    library = _library_for(hidden, bias, grad, active, sums=of_bias)
+    library = _library_for(hidden, bias, grad, sums=of_bias)
     if library is None:
         values = hidden + bias
-        torch.ops.aten.gelu.out(values, out=active)
+        torch.ops.aten.gelu.out(values, out=hidden)
         torch.ops.aten.gelu_backward.grad_input(grad, values, grad_input=grad)
         of_bias += grad.sum(0)
         return
     with record_function("fastmim::gelu_rows_gradient"):
-        failed = library.gelu_rows_gradient(*_addresses(hidden, bias, grad, active, of_bias), *_size(hidden))
+        failed = library.gelu_rows_gradient(*_addresses(hidden, bias, grad, of_bias), *_size(hidden))
     _require_memory(failed, hidden)
 
 
@@ -127,7 +126,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     address, integer, size = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     sizes = size, integer, integer, size
     library.gelu_rows.argtypes = (*[address] * 3, *sizes)
-    library.gelu_rows_gradient.argtypes = (*[address] * 5, *sizes)
+    library.gelu_rows_gradient.argtypes = (*[address] * 4, *sizes)
     library.norm_rows_gradient.argtypes = (*[address] * 3, ctypes.c_float, *[address] * 4, *sizes)
     return library
 

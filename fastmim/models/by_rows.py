@@ -17,7 +17,7 @@ from fastmim.kernels.block_rows import gelu_rows, gelu_rows_gradient, norm_rows_
 from fastmim.models.tracing import wants_plain_operators
 from fastmim.room import Room, equal_parts
 
-PART_BYTES = 12 * 2**20
+PART_BYTES = 16 * 2**20
 """Of the widest result at a time."""
 
 _ROUNDED_PARTS = 3
@@ -133,7 +133,7 @@ class _NormMLP(torch.autograd.Function):
         rows, out_rows = _rows(x), _rows(out)
         hidden = x.new_empty(len(rows), len(weight1)) if keep else None
         ctx.save_for_backward(x, gain, shift, weight1, bias1, weight2, hidden)
-        ctx.eps, ctx.add = eps, add
+        ctx.eps, ctx.add, ctx.spent = eps, add, False
         for part in _parts(rows, len(weight1)):
             normed = F.layer_norm(rows[part], gain.shape, gain, shift, eps)
             into = (
@@ -148,6 +148,8 @@ class _NormMLP(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, gain, shift, weight1, bias1, weight2, hidden = ctx.saved_tensors
+        hidden = _of_norm(x, gain, shift, ctx.eps, weight1) if ctx.spent else hidden.data
+        ctx.spent = True  # `hidden`, unlike what its version tells, becomes GELU's result
         grads = _rows(grad)
         parts = _parts(grads, len(weight1))
         of_weight1 = _WeightGradient(weight1, len(parts), ctx.needs_input_grad[3])
@@ -155,14 +157,18 @@ class _NormMLP(torch.autograd.Function):
         of_bias1 = _zeros_for_sum(x, len(weight1))
         norm = _NormGradient(x, gain, shift, ctx.eps, grads if ctx.add else None)
         for part in parts:
-            of_hidden = _product("of_hidden", grads[part], weight2)
-            active = _room.take("active", *of_hidden.shape, x.dtype)
-            gelu_rows_gradient(hidden[part], bias1, of_hidden, active, of_bias1)
-            of_weight2.add(grads[part], active)
+            of_hidden = _product("active", grads[part], weight2)
+            gelu_rows_gradient(hidden[part], bias1, of_hidden, of_bias1)
+            of_weight2.add(grads[part], hidden[part])
             of_weight1.add(of_hidden, norm.backward(part, _product("of_normed", of_hidden, weight1)))
         of_bias2 = norm.sum_of_added() if ctx.add else grads.sum(0)
         of_mlp = of_weight1.total(), of_bias1.to(x.dtype), of_weight2.total(), of_bias2
         return *norm.gradients(), *of_mlp, None, None, None
+
+
+def _of_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float, weight: Tensor) -> Tensor:
+    """What `_NormMLP` keeps [rows, hidden], computed again for a second backward pass."""
+    return _rows(F.layer_norm(x, gain.shape, gain, shift, eps)) @ weight.t()
 
 
 class _NormGradient:

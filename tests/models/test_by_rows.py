@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from fastmim.kernels import _dispatch
 from torch import nn
 
 from benchmarks.memory import kept_by
@@ -310,6 +311,18 @@ def test_training_goes_on_after_inference(monkeypatch):
     learned = norm_mlp(x, norm, fc1, fc2, add=True)
     learned.sum().backward()
     assert torch.equal(seen, learned) and fc1.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+def test_a_second_backward_pass_finds_the_same(monkeypatch, mode):
+    """The first writes over what was kept for it."""
+    monkeypatch.setattr(_dispatch, "MODE", mode)
+    norm, fc1, fc2, x = parts()
+    x.requires_grad_()
+    out, leaves = norm_mlp(x, norm, fc1, fc2, add=True), [x, *fc1.parameters(), *fc2.parameters()]
+    first = torch.autograd.grad(out.square().sum(), leaves, retain_graph=True)
+    for got, wanted in zip(torch.autograd.grad(out.square().sum(), leaves), first, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_a_second_derivative_is_refused():
