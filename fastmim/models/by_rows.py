@@ -212,7 +212,7 @@ class _WeightGradient:
     """
 
     def __init__(self, weight: Tensor, parts: int, wanted: bool):
-        self.wanted, self._dtype, self._parts = wanted, weight.dtype, 0
+        self._dtype, self._parts = weight.dtype, 0
         dtype = torch.promote_types(self._dtype, torch.float32) if parts > _ROUNDED_PARTS else self._dtype
         # Zeros only where there is no part to begin with.
         make = torch.empty_like if parts else torch.zeros_like

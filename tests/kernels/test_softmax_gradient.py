@@ -70,12 +70,22 @@ def test_what_is_no_number_stays_none(mode):
     assert found.isnan().any(-1).tolist() == [False, True, True, True]
 
 
-@pytest.mark.parametrize("case", ["float32", "strided", "empty"])
+@pytest.mark.parametrize("size", [1, 17, 197])
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_in_float32(mode, size, spread):
+    scores, grad = (x.float() for x in problem(3, 7, size, spread=spread))
+    wanted, scale = exact(scores, grad), grad.abs().max()
+    for got, want in zip(softmax_gradient(scores, grad), wanted, strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), want, rtol=3e-6, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("case", ["float64", "strided", "empty"])
 def test_what_c_does_not_take_is_computed_too(monkeypatch, case):
     monkeypatch.setattr(_dispatch, "MODE", "auto")
     scores, grad = problem(3, 6, 8)
-    if case == "float32":
-        scores, grad = scores.float(), grad.float()
+    if case == "float64":
+        scores, grad = scores.double(), grad.double()
     if case == "strided":
         scores = scores.transpose(0, 1).contiguous().transpose(0, 1)
     if case == "empty":
