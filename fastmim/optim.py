@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.config_training import OptimConfig
+from fastmim.kernels._native import is_plain
 from fastmim.kernels.adamw_halves import NativeAdamW
 
 TOKENS = ("cls_token", "mask_token", "pos_embed")
@@ -54,7 +55,7 @@ class GuardedAdamW(torch.optim.AdamW):
         self.clip_grad = clip_grad
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         # PyTorch's norm takes half of the time that its update does on a CPU, C a quarter.
-        self._native = NativeAdamW.load() if all(map(_is_plain, parameters)) else None
+        self._native = NativeAdamW.load() if all(map(_is_in_float32, parameters)) else None
         # Made now: a first step would put them between what it is about to free, and a CPU's heap has to grow then.
         for parameter in parameters:
             self.state[parameter] = {
@@ -75,11 +76,12 @@ class GuardedAdamW(torch.optim.AdamW):
         super().step()
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        if self._native is None or not all(map(_is_plain, gradients)):
+        if self._native is None or not all(map(_is_in_float32, gradients)):
             return nn.utils.get_total_norm(gradients)
-        return torch.tensor(self._native.norm([gradient.view(-1) for gradient in gradients]))
+        norm = self._native.norm([gradient.view(-1) for gradient in gradients])
+        return torch.tensor(norm, dtype=torch.float32, device="cpu")
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether C takes the tensor as it lies."""
-    return tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous()
+def _is_in_float32(tensor: Tensor) -> bool:
+    """Whether C takes the tensor."""
+    return tensor.dtype == torch.float32 and is_plain(tensor)

@@ -59,6 +59,11 @@ def _compile(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
         return ctypes.CDLL(str(library))  # stays mapped when its file is gone
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies in a CPU's memory as C takes it: in order, and as no subclass keeps it elsewhere."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_cpu and tensor.is_contiguous()
+
+
 def pointers(tensors: Sequence[torch.Tensor]) -> ctypes.Array:
     """What C takes for a list of tensors; they have to live until it returns."""
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])

@@ -24,7 +24,7 @@ typedef struct {
 } Normal;
 
 /* The share beyond a number is its density times a polynomial in 1 / (1 + 0.3 x), fitted for the least relative error
-   in 0..14: 1.5e-7, of float32 arithmetic 5e-7. */
+   in 0..14, 1.5e-7. In float32 a share is within 3e-7 of the exact one. */
 INLINE Normal normal(float x) {
     float size = fabsf(x), near = 1 / (1 + 0.3f * size), bell = power(-0.5f * LOG2_E * size * size);
     float value = 3.56748769e-2f;
@@ -36,8 +36,8 @@ INLINE Normal normal(float x) {
     value = value * near + 1.20753968e-1f;
     value = value * near + 1.19629298e-1f;
     float beyond = bell * near * value;
-    /* Past 14 there is nothing that float32 sees; the bell, which never ends, would be seen beside a huge number. */
-    float density = size > 14 ? 0 : 0.39894228f * bell;
+    /* From there on `power` is 2^-100, which a huge number times it would show. */
+    float density = size > 11.7f ? 0 : 0.39894228f * bell;
     return (Normal){x < 0 ? beyond : 1 - beyond, density};
 }
 
@@ -138,14 +138,15 @@ INLINE void norm_back(const void *x, const void *gain, const void *shift, float 
 int norm_rows_gradient(const void *x, const void *gain, const void *shift, float eps, void *grad, const void *added,
                        void *of_x, float *sums, int half, int64_t rows, int64_t width, int threads) {
     float *of_parts = calloc(PARTS(rows) * 3 * width + 1, sizeof *of_parts);
-    int failed = !of_parts;
+    if (!of_parts) return 1;
+    int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         float *row = malloc(2 * width * sizeof *row);
-        failed |= !row;
+        failed = !row;
 #pragma omp for schedule(static)
         for (int64_t part = 0; part < PARTS(rows); ++part) {
-            float *own = failed ? 0 : of_parts + part * 3 * width;
+            float *own = of_parts + part * 3 * width;
             Work work = {row, row + width, own, own + width, own + 2 * width};
             for (int64_t r = part * PART; r < (failed ? 0 : END(part, rows)); ++r) {
                 const void *from = place(x, half, r * width);

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ._native import HALF, native
+from ._native import HALF, is_plain, native
 
 
 def gelu_rows(hidden: Tensor, bias: Tensor, out: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def gelu_rows(hidden: Tensor, bias: Tensor, out: Tensor) -> Tensor:
 
     Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, the form with the error function.
     """
-    library = _library_for(hidden, bias, out)
+    library = _library_for([hidden, out], [bias])
     if library is None:
         return torch.ops.aten.gelu.out(hidden + bias, out=out)
     with record_function("fastmim::gelu_rows"):  # what is no operator has no name in a profile
@@ -46,7 +46,7 @@ def gelu_rows_gradient(hidden: Tensor, bias: Tensor, grad: Tensor, of_bias: Tens
     Raises:
         MemoryError: no memory for sums of some rows each.
     """
-    library = _library_for(hidden, bias, grad, sums=of_bias)
+    library = _library_for([hidden, grad], [bias], of_bias)
     if library is None:
         values = hidden + bias
         torch.ops.aten.gelu.out(values, out=hidden)
@@ -83,8 +83,9 @@ def norm_rows_gradient(
     Raises:
         MemoryError: no memory for sums of some rows each.
     """
-    given = (x, gain, shift, grad, of_x) if added is None else (x, gain, shift, grad, of_x, added)
-    library = _library_for(*given, sums=sums)
+    assert sums.ndim == 2 and len(sums) == 3
+    beside = [] if added is None else [added]
+    library = _library_for([x, grad, of_x, *beside], [gain, shift], sums)
     if library is None:
         _norm_rows_gradient_torch(x, gain, shift, eps, grad, added, of_x, sums)
         return
@@ -108,15 +109,22 @@ def _norm_rows_gradient_torch(x, gain, shift, eps, grad, added, of_x, sums) -> N
     grad.copy_(normed)
 
 
-def _library_for(first: Tensor, *others: Tensor, sums: Tensor | None = None) -> ctypes.CDLL | None:
-    """The C for tensors of a dtype and layout that it takes; all are checked here, since C looks at none."""
-    assert first.ndim == 2 and all(
-        tensor.dtype == first.dtype and tensor.shape in (first.shape, first.shape[1:]) for tensor in others
-    )
-    tensors = (first, *others) if sums is None else (first, *others, sums)
-    if first.dtype not in HALF or not all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors):
+def _library_for(rows: list[Tensor], vectors: list[Tensor], sums: Tensor | None = None) -> ctypes.CDLL | None:
+    """The C for tensors of a dtype and layout that it takes; all are checked here, since C looks at none.
+
+    Args:
+        rows: [R, D] each.
+        vectors: [D] each.
+        sums: [D], or some of them.
+    """
+    first = rows[0]
+    assert first.ndim == 2 and all(tensor.shape == first.shape for tensor in rows)
+    assert all(tensor.shape == first.shape[1:] for tensor in vectors)
+    assert all(tensor.dtype == first.dtype for tensor in (*rows, *vectors))
+    tensors = [*rows, *vectors] if sums is None else [*rows, *vectors, sums]
+    if first.dtype not in HALF or not all(map(is_plain, tensors)):
         return None
-    assert sums is None or sums.dtype == torch.float32
+    assert sums is None or (sums.dtype == torch.float32 and sums.shape[-1:] == first.shape[1:])
     library = native("block_rows.c")
     return None if library is None else _typed(library)
 

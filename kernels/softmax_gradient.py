@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ._native import HALF, native
+from ._native import HALF, is_plain, native
 
 
 def softmax_gradient_reference(scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def softmax_gradient(scores: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         The probabilities and the gradient of the scores; the arguments are used up.
     """
     assert scores.shape == grad.shape and scores.dtype == grad.dtype
-    fits = scores.is_cpu and scores.dtype in HALF and scores.is_contiguous() and grad.is_contiguous()
+    fits = scores.dtype in HALF and is_plain(scores) and is_plain(grad)
     function = _function() if fits else None
     if function is None:
         return softmax_gradient_reference(scores, grad)

@@ -75,7 +75,7 @@ def add_linear(x: Tensor, y: Tensor, linear: nn.Linear) -> Tensor:
 
 
 def norm_mlp(x: Tensor, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, add: bool) -> Tensor:
-    """fc2(GELU(fc1(norm(x)))), plus x where it `add`s it; keeps x and what GELU is given. [..., D] -> [..., D]."""
+    """fc2(GELU(fc1(norm(x)))), plus x where it `add`s it; keeps x and fc1's product. [..., D] -> [..., D]."""
     parameters = norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias
     return _NormMLP.apply(x, *parameters, norm.eps, add, torch.is_grad_enabled())
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastmim.kernels import _dispatch
+from fastmim.kernels._native import is_plain
 from fastmim.kernels.block_rows import gelu_rows, gelu_rows_gradient, norm_rows_gradient
 
 HALF_STEP = 2**-8
@@ -162,3 +163,30 @@ def test_what_c_does_not_take_is_computed_too(monkeypatch, case):
     torch.testing.assert_close(gelu_rows(hidden, bias, of_x).double(), exact, rtol=0, atol=0.02)
     gelu_rows_gradient(hidden, bias, grad, torch.zeros(8, dtype=sums))
     torch.testing.assert_close(hidden.double(), exact, rtol=0, atol=0.02)
+
+
+def test_c_is_given_what_it_takes(monkeypatch):
+    monkeypatch.setattr(_dispatch, "MODE", "auto")
+    hidden, bias, grad = gelu_problem((6, 8), torch.float32)
+    wrong = [
+        (hidden, bias, grad[:5]),
+        (hidden, bias[:4], grad),
+        (hidden, grad, grad),
+        (hidden, bias.bfloat16(), grad),
+    ]
+    for arguments in wrong:
+        with pytest.raises(AssertionError):
+            gelu_rows_gradient(*arguments, torch.zeros(8))
+    with pytest.raises(AssertionError):
+        gelu_rows_gradient(hidden, bias, grad, torch.zeros(4))
+    with pytest.raises(AssertionError):
+        norm_rows_gradient(hidden, bias, bias, EPS, grad, None, torch.empty_like(grad), torch.zeros(3, 4))
+
+
+class Elsewhere(torch.Tensor):
+    """A subclass, which may keep its numbers where its address does not tell."""
+
+
+def test_subclasses_are_left_to_pytorch():
+    assert is_plain(torch.zeros(2)) and is_plain(torch.nn.Parameter(torch.zeros(2)))
+    assert not is_plain(torch.zeros(2).as_subclass(Elsewhere)) and not is_plain(torch.zeros(2, 3).T)
