@@ -195,11 +195,15 @@ class _NormGradient:
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of x, gain and shift."""
-        return self._of_x, *self._sums[:2].to(self._gain.dtype)
+        return self._of_x, self._copy(0), self._copy(1)
 
     def sum_of_added(self) -> Tensor:
         """[D], over all rows."""
-        return self._sums[2].to(self._gain.dtype)
+        return self._copy(2)
+
+    def _copy(self, row: int) -> Tensor:
+        """A tensor of its own: the gradient of a parameter would keep the memory of all."""
+        return self._sums[row].to(self._gain.dtype, copy=True)
 
 
 class _WeightGradient:

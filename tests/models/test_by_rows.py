@@ -166,6 +166,15 @@ def test_the_mlp_leaves_what_gelu_is_given_and_its_result():
     assert largest <= x.nbytes * HIDDEN // WIDTH  # the first takes memory that calls share
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_keep_no_memory_but_their_own(case):
+    *modules, x = parts()
+    y = torch.randn(3, 7, HIDDEN)
+    CASES[case][0](x.requires_grad_(), y, *modules).sum().backward()
+    for parameter in (p for module in modules for p in module.parameters() if p.grad is not None):
+        assert parameter.grad.untyped_storage().nbytes() == parameter.nbytes
+
+
 @pytest.mark.parametrize("drop_path", [0.0, 0.4])
 @pytest.mark.parametrize("attention", ["sdpa", "matmul"])
 @pytest.mark.parametrize("asked", [None, [[3, 1], [0, 5]]])
