@@ -54,7 +54,7 @@ class GuardedAdamW(torch.optim.AdamW):
         super().__init__(params, fused=True, **options)
         self.clip_grad = clip_grad
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        # PyTorch's norm takes half of the time that its update does on a CPU, C a quarter.
+        # One call for all gradients, where PyTorch makes some for each.
         self._native = NativeAdamW.load() if all(map(_is_in_float32, parameters)) else None
         # Made now: a first step would put them between what it is about to free, and a CPU's heap has to grow then.
         for parameter in parameters:
