@@ -1,9 +1,11 @@
 """Equal parts of some rows, and memory that calls share for results of a part, which are not kept.
 
 A heap that is asked for them between tensors that stay has a hole for each when they are freed, and glibc, which aligns
-a tensor within a larger block, fills none with one of the same size.
+a tensor within a larger block, fills none with one of the same size. Memory that is shared from step to step is not of
+the heap at all: there it would lie in the middle of what a step frees.
 """
 
+import mmap
 import threading
 
 import torch
@@ -20,9 +22,15 @@ class Room(threading.local):
         """[rows, width], whose values are those of an earlier call."""
         flat = self._flat.get((name, dtype))
         if flat is None or flat.numel() < rows * width:
-            with torch.inference_mode(False):  # which would have it for itself
-                flat = self._flat[name, dtype] = torch.empty(rows * width, dtype=dtype, device="cpu")
+            flat = self._flat[name, dtype] = _map(max(1, rows * width), dtype)
         return flat[: rows * width].view(rows, width)
+
+
+def _map(numbers: int, dtype: torch.dtype) -> Tensor:
+    """[numbers] in pages of this process alone."""
+    pages = mmap.mmap(-1, numbers * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with torch.inference_mode(False):  # which would have it for itself
+        return torch.frombuffer(pages, dtype=dtype)
 
 
 def equal_parts(rows: int, row_bytes: int, most: int) -> list[slice]:

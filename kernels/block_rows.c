@@ -94,6 +94,39 @@ int gelu_rows_gradient(void *hidden, const void *bias, void *grad, float *of_bia
 
 /* ---- LayerNorm ---- */
 
+INLINE void normalise(const void *x, const void *gain, const void *shift, float eps, void *out, int half,
+                      int64_t width) {
+    float sum = 0, squares = 0, share = 1.0f / width;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < width; ++i) sum += load(x, half, i);
+    float mean = sum * share;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < width; ++i) {
+        float centred = load(x, half, i) - mean;
+        squares += centred * centred;
+    }
+    float scale = 1 / sqrtf(squares * share + eps);
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+        float normed = (load(x, half, i) - mean) * scale;
+        store(out, half, i, normed * load(gain, half, i) + load(shift, half, i));
+    }
+}
+
+int norm_rows(const void *x, const void *gain, const void *shift, float eps, void *out, int half, int64_t rows,
+              int64_t width, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        const void *from = place(x, half, r * width);
+        void *to = place(out, half, r * width);
+        if (half)
+            normalise(from, gain, shift, eps, to, 1, width);
+        else
+            normalise(from, gain, shift, eps, to, 0, width);
+    }
+    return 0;
+}
+
 typedef struct {
     float *restrict centred, *restrict grad; /* of one row */
     float *restrict of_gain, *restrict of_shift, *restrict of_added; /* sums over a part */

@@ -58,6 +58,28 @@ def gelu_rows_gradient(hidden: Tensor, bias: Tensor, grad: Tensor, of_bias: Tens
     _require_memory(failed, hidden)
 
 
+def norm_rows(x: Tensor, gain: Tensor, shift: Tensor, eps: float, out: Tensor) -> Tensor:
+    """A LayerNorm. 2 numbers are moved for one of `x`.
+
+    Args:
+        x: [R, D] float.
+        gain, shift: [D], the norm's parameters, of the dtype of `x`.
+        eps: of the norm.
+        out: takes the result; as `x`.
+
+    Returns:
+        `out`.
+
+    Source: Ba et al., "Layer Normalization", 2016.
+    """
+    library = _library_for([x, out], [gain, shift])
+    if library is None:
+        return out.copy_(torch.nn.functional.layer_norm(x, gain.shape, gain, shift, eps))
+    with record_function("fastmim::norm_rows"):
+        library.norm_rows(*_addresses(x, gain, shift), eps, *_addresses(out), *_size(x))
+    return out
+
+
 def norm_rows_gradient(
     x: Tensor,
     gain: Tensor,
@@ -68,12 +90,10 @@ def norm_rows_gradient(
     of_x: Tensor,
     sums: Tensor,
 ) -> None:
-    """The gradient of a LayerNorm, and its result again. 4 numbers are moved for one of `x`, 5 with `added`.
+    """The gradient of `norm_rows`, and its result again. 4 numbers are moved for one of `x`, 5 with `added`.
 
     Args:
-        x: [R, D] float, what the norm is given.
-        gain, shift: [D], its parameters, of the dtype of `x`.
-        eps: of the norm.
+        x, gain, shift, eps: of `norm_rows`.
         grad: as `x`, of the norm's result; becomes that result.
         added: as `x`, what the gradient of `x` is given besides; or None.
         of_x: as `x`; takes its gradient.
@@ -135,7 +155,9 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     sizes = size, integer, integer, size
     library.gelu_rows.argtypes = (*[address] * 3, *sizes)
     library.gelu_rows_gradient.argtypes = (*[address] * 4, *sizes)
-    library.norm_rows_gradient.argtypes = (*[address] * 3, ctypes.c_float, *[address] * 4, *sizes)
+    norm = *[address] * 3, ctypes.c_float
+    library.norm_rows.argtypes = (*norm, address, *sizes)
+    library.norm_rows_gradient.argtypes = (*norm, *[address] * 4, *sizes)
     return library
 
 

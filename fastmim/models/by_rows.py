@@ -8,12 +8,16 @@ again. What lives for some rows only lies in the same memory from call to call (
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 import torch.nn.modules.module as torch_modules
 from torch import Tensor, nn
 
 from fastmim.kernels import _dispatch
-from fastmim.kernels.block_rows import gelu_rows, gelu_rows_gradient, norm_rows_gradient
+from fastmim.kernels.block_rows import (
+    gelu_rows,
+    gelu_rows_gradient,
+    norm_rows,
+    norm_rows_gradient,
+)
 from fastmim.models.tracing import wants_plain_operators
 from fastmim.room import Room, equal_parts
 
@@ -88,7 +92,7 @@ class _NormLinear(torch.autograd.Function):
         out = x.new_empty(*x.shape[:-1], len(weight))
         rows, out_rows = _rows(x), _rows(out)
         for part in _parts(rows, len(weight)):
-            normed = F.layer_norm(rows[part], gain.shape, gain, shift, eps)
+            normed = _norm(rows[part], gain, shift, eps)
             torch.addmm(bias, normed, weight.t(), out=out_rows[part])
         return out
 
@@ -101,7 +105,7 @@ class _NormLinear(torch.autograd.Function):
         of_weight = _WeightGradient(weight, len(parts), ctx.needs_input_grad[3])
         norm = _NormGradient(x, gain, shift, ctx.eps)
         for part in parts:
-            of_weight.add(grads[part], norm.backward(part, _product("of_normed", grads[part], weight)))
+            of_weight.add(grads[part], norm.backward(part, _product("normed", grads[part], weight)))
         return *norm.gradients(), of_weight.total(), grads.sum(0), None
 
 
@@ -135,7 +139,7 @@ class _NormMLP(torch.autograd.Function):
         ctx.save_for_backward(x, gain, shift, weight1, bias1, weight2, hidden)
         ctx.eps, ctx.add, ctx.spent = eps, add, False
         for part in _parts(rows, len(weight1)):
-            normed = F.layer_norm(rows[part], gain.shape, gain, shift, eps)
+            normed = _norm(rows[part], gain, shift, eps)
             into = (
                 _room.take("hidden", len(normed), len(weight1), x.dtype) if hidden is None else hidden[part]
             )
@@ -160,7 +164,7 @@ class _NormMLP(torch.autograd.Function):
             of_hidden = _product("active", grads[part], weight2)
             gelu_rows_gradient(hidden[part], bias1, of_hidden, of_bias1)
             of_weight2.add(grads[part], hidden[part])
-            of_weight1.add(of_hidden, norm.backward(part, _product("of_normed", of_hidden, weight1)))
+            of_weight1.add(of_hidden, norm.backward(part, _product("normed", of_hidden, weight1)))
         of_bias2 = norm.sum_of_added() if ctx.add else grads.sum(0)
         of_mlp = of_weight1.total(), of_bias1.to(x.dtype), of_weight2.total(), of_bias2
         return *norm.gradients(), *of_mlp, None, None, None
@@ -168,7 +172,8 @@ class _NormMLP(torch.autograd.Function):
 
 def _of_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float, weight: Tensor) -> Tensor:
     """What `_NormMLP` keeps [rows, hidden], computed again for a second backward pass."""
-    return _rows(F.layer_norm(x, gain.shape, gain, shift, eps)) @ weight.t()
+    rows = _rows(x)
+    return norm_rows(rows, gain, shift, eps, torch.empty_like(rows)) @ weight.t()
 
 
 class _NormGradient:
@@ -240,6 +245,10 @@ class _WeightGradient:
 
 
 _room = Room()
+
+
+def _norm(rows: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
+    return norm_rows(rows, gain, shift, eps, _room.take("normed", *rows.shape, rows.dtype))
 
 
 def _product(name: str, a: Tensor, b: Tensor) -> Tensor:

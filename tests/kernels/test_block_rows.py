@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from fastmim.kernels import _dispatch
 from fastmim.kernels._native import is_plain
-from fastmim.kernels.block_rows import gelu_rows, gelu_rows_gradient, norm_rows_gradient
+from fastmim.kernels.block_rows import gelu_rows, gelu_rows_gradient, norm_rows, norm_rows_gradient
 
 HALF_STEP = 2**-8
 """Of bfloat16, relative: what rounding to the nearest changes at most."""
@@ -87,7 +87,7 @@ def test_gelu_has_tails(monkeypatch):
 
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("shape", SHAPES[1:])
-def test_the_gradient_of_a_norm(mode, dtype, shape, adds):
+def test_a_norm_and_its_gradient(mode, dtype, shape, adds):
     torch.manual_seed(0)
     x, grad, added = (
         2 * random(*shape, dtype=dtype) + 1,
@@ -98,6 +98,9 @@ def test_the_gradient_of_a_norm(mode, dtype, shape, adds):
     leaves = [t.double().requires_grad_() for t in (x, gain, shift)]
     normed = F.layer_norm(leaves[0], (shape[1],), *leaves[1:], EPS)
     normed.backward(grad.double())
+    out = torch.full_like(x, torch.nan)
+    assert norm_rows(x, gain, shift, EPS, out) is out
+    close(out, normed.detach(), dtype, mode)
     of_x, sums = torch.full_like(x, torch.nan), torch.randn(3, shape[1])
     wanted = sums.double() + torch.stack(
         [leaves[1].grad, leaves[2].grad, added.double().sum(0) if adds else torch.zeros(shape[1]).double()]
@@ -118,9 +121,10 @@ def test_threads_do_not_change_it(monkeypatch):
             torch.set_num_threads(count)
             hidden, bias, grad = gelu_problem((100, 130), torch.float32)
             of_bias, sums, of_x = torch.zeros(130), torch.zeros(3, 130), torch.empty_like(hidden)
+            normed = norm_rows(hidden, bias, bias, EPS, torch.empty_like(hidden))
             gelu_rows_gradient(hidden, bias, grad, of_bias)
             norm_rows_gradient(hidden, bias, bias, EPS, grad, hidden, of_x, sums)
-            found.append((hidden, grad, of_bias, sums, of_x))
+            found.append((normed, hidden, grad, of_bias, sums, of_x))
     finally:
         torch.set_num_threads(threads)
     for others in found[1:]:
@@ -133,6 +137,7 @@ def test_what_is_no_number_stays_none(mode, dtype):
     grad[2, 5] = torch.nan
     of_bias = torch.zeros(37)
     x, of_norm, of_x = hidden.clone(), grad.clone(), torch.empty_like(hidden)
+    assert norm_rows(x, bias, bias, EPS, of_x).isnan().all(-1).tolist() == [False, True, False, False]
     gelu_rows_gradient(hidden, bias, grad, of_bias)
     assert hidden.isnan().nonzero().tolist() == [[1, 3]]
     assert grad.isnan().nonzero().tolist() == [[1, 3], [2, 5]]
@@ -156,6 +161,8 @@ def test_what_c_does_not_take_is_computed_too(monkeypatch, case):
     normed = F.layer_norm(leaves[0], (8,), *leaves[1:], EPS)
     normed.backward(grad.double())
     of_norm, of_x = grad.clone(), torch.empty_like(grad)
+    found = norm_rows(hidden, bias, bias, EPS, of_x)
+    torch.testing.assert_close(found.double(), normed.detach(), rtol=0, atol=0.02)
     norm_rows_gradient(hidden, bias, bias, EPS, of_norm, grad, of_x, torch.zeros(3, 8, dtype=sums))
     torch.testing.assert_close(of_norm.double(), normed.detach(), rtol=0, atol=0.02)
     torch.testing.assert_close(of_x.double(), leaves[0].grad + grad.double(), rtol=0, atol=0.02)
@@ -181,6 +188,8 @@ def test_c_is_given_what_it_takes(monkeypatch):
         gelu_rows_gradient(hidden, bias, grad, torch.zeros(4))
     with pytest.raises(AssertionError):
         norm_rows_gradient(hidden, bias, bias, EPS, grad, None, torch.empty_like(grad), torch.zeros(3, 4))
+    with pytest.raises(AssertionError):
+        norm_rows(hidden, bias, bias, EPS, grad[:5])
 
 
 class Elsewhere(torch.Tensor):
