@@ -118,6 +118,8 @@ def build_engine(
         completed["zero_optimization"] = unless_told | completed["zero_optimization"]
     alone = world_size == 1
     if stage == 0 and precision == "bf16":
+        # DeepSpeed, which is not told of bf16 here, would send float32.
+        completed.setdefault("communication_data_type", "bf16")
         for parameter in objective.parameters():
             parameter.data = parameter.data.bfloat16()
         several = alone and config.optim.accumulation > 1 and sum_dtype(config.deepspeed) != "bf16"
