@@ -12,12 +12,7 @@ import torch.nn.modules.module as torch_modules
 from torch import Tensor, nn
 
 from fastmim.kernels import _dispatch
-from fastmim.kernels.block_rows import (
-    gelu_rows,
-    gelu_rows_gradient,
-    norm_rows,
-    norm_rows_gradient,
-)
+from fastmim.kernels.block_rows import gelu_rows, gelu_rows_gradient, norm_rows, norm_rows_gradient
 from fastmim.models.tracing import wants_plain_operators
 from fastmim.room import Room, equal_parts
 

@@ -312,6 +312,18 @@ def test_of_no_rows_come_none():
     assert out.shape == (0, 7, WIDTH) and not fc1.weight.grad.any() and not fc2.weight.grad.any()
 
 
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+def test_what_is_not_kept_lies_in_shared_memory(monkeypatch, mode):
+    monkeypatch.setattr(_dispatch, "MODE", mode)
+    room = by_rows.Room()
+    monkeypatch.setattr(by_rows, "_room", room)
+    norm, fc1, fc2, x = parts()
+    norm_linear(x, norm, fc1)
+    assert {name for name, _ in room._flat} == {"normed"}
+    norm_mlp(x, norm, fc1, fc2, add=True)
+    assert {name for name, _ in room._flat} == {"normed", "active"}
+
+
 def test_training_goes_on_after_inference(monkeypatch):
     monkeypatch.setattr(by_rows, "_room", by_rows.Room())
     norm, fc1, fc2, x = parts()
