@@ -3,20 +3,38 @@
 import math
 from dataclasses import dataclass
 
+ROUNDS = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}
+"""Times that (n - 1) / n of the bytes cross a rank's link in each collective, as a ring of n ranks makes it."""
+
+COLLECTIVES = {
+    0: ["all_reduce"],
+    1: ["all_reduce", "all_gather"],
+    2: ["all_reduce", "all_gather"],
+    3: ["all_gather", "all_gather", "reduce_scatter"],
+}
+"""Of a step, by ZeRO stage: gradients are summed, and updated parameters gathered; at stage 3 in both passes.
+
+Source: Rajbhandari et al., ZeRO, SC 2020, section 7, but for stages 1 and 2, whose gradients DeepSpeed sends to every
+rank, although each keeps its share alone (`use_multi_rank_bucket_allreduce`, its default).
+"""
+
+FLATTENED = (1, 2)
+"""Stages at which DeepSpeed copies a bucket before the sum, and its share back after it, where ranks share a bucket."""
+
 
 @dataclass(frozen=True)
 class Link:
     """A connection of one rank to the others."""
 
-    bandwidth: float
-    """Bytes per second that a rank sends while it receives as many."""
+    bandwidth: dict[str, float]
+    """Bytes per second that a rank sends while it receives as many, by collective."""
     latency: float
     """Seconds of a message of no length."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of one rank alone."""
+    """A step of one rank that does what each of several does, but sends nothing."""
 
     compute: float
     """Seconds of forward and backward."""
@@ -24,44 +42,35 @@ class Step:
     """Seconds of the optimiser over all parameters."""
     gradient_bytes: int
     """Of all parameters, in the precision of the products; gathered parameters are as many."""
-
-
-def rounds_of(stage: int) -> float:
-    """Times that (n - 1) / n of the parameters cross a rank's link in a step.
-
-    Gradients are summed: 2 in a ring's all-reduce, or 1 in a reduce-scatter, after which updated parameters are
-    gathered: 1 (ZeRO 1 and 2). ZeRO 3 gathers them in the forward and the backward pass: 1 + 1 + 1.
-
-    Source: Rajbhandari et al., ZeRO, SC 2020, section 7.
-    """
-    return 3.0 if stage == 3 else 2.0
+    flatten: float = 0.0
+    """Seconds in which all gradients are copied to one buffer and back."""
 
 
 def communication_seconds(step: Step, ranks: int, stage: int, link: Link) -> float:
     """Seconds on the wire: a ring's bytes, a tree's latencies."""
     if ranks == 1:
         return 0.0
-    volume = rounds_of(stage) * (ranks - 1) / ranks * step.gradient_bytes
-    return volume / link.bandwidth + 2 * math.ceil(math.log2(ranks)) * link.latency
+    crossing = (ranks - 1) / ranks * step.gradient_bytes
+    hops = math.ceil(math.log2(ranks))
+    return sum(
+        ROUNDS[name] * (crossing / link.bandwidth[name] + hops * link.latency) for name in COLLECTIVES[stage]
+    )
 
 
-def step_seconds(
-    step: Step, ranks: int, stage: int, link: Link, overlap: float = 0.0, contention: float = 1.0
-) -> float:
+def step_seconds(step: Step, ranks: int, stage: int, link: Link, overlap: float = 0.0) -> float:
     """Seconds of a step of each of `ranks` ranks, with the same images a rank.
 
     Args:
-        step: of one rank alone.
+        step: of one rank.
         ranks: how many.
         stage: of ZeRO; from 1 on each rank updates its share.
         link: the slowest that a ring crosses.
         overlap: share of the communication that hides behind computation, if there is enough.
-        contention: how many times slower ranks on one machine compute when all do, for what they share.
     """
     update = step.update / (ranks if stage else 1)
-    computing = contention * step.compute
+    copied = step.flatten if stage in FLATTENED and ranks > 1 else 0.0
     sent = communication_seconds(step, ranks, stage, link)
-    return computing + contention * update + sent - min(overlap * sent, computing)
+    return step.compute + update + copied + sent - min(overlap * sent, step.compute)
 
 
 def efficiency(step: Step, ranks: int, stage: int, link: Link, overlap: float = 0.0) -> float:

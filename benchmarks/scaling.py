@@ -3,27 +3,30 @@
     python benchmarks/scaling.py [--stages 0 1 2 3] [--rounds 5] [--steps 2] [key=value ...]
 
 Weak scaling: each rank has the same images, and one thread. Between 1 rank and 2 joined ranks stand 2 ranks that are
-not joined, since processes on one machine share its memory and clock. The model (`communication.py`) is given the step
-of one rank, that contention, and the bandwidth of an all-reduce measured in the same run; it predicts the joined step,
-and its error is told. What it says of GPUs is a prediction from published bandwidths, not a measurement.
+not joined: processes on one machine share its memory and clock, and each does what one of several does with gradients
+and the optimiser's state, but sends nothing. The model (`communication.py`) is given their step, and what each
+collective takes alone between two ranks (`collectives.py`), all of the same run; it predicts the joined step, and its
+error is told. What it says of GPUs is a prediction from published bandwidths, not a measurement.
 """
 
 import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 # Run as a script, Python looks here first, where `kernels.py` would pass for a package of that name.
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.distributed as dist
 
 from benchmarks import harness, report
-from benchmarks.communication import Link, Step, communication_seconds, efficiency, step_seconds
+from benchmarks.collectives import measure_link, time_flatten
+from benchmarks.communication import ROUNDS, Link, Step, communication_seconds, efficiency, step_seconds
 from benchmarks.gloo import SMALL, FixedBatch, Group, make_config
 from benchmarks.markdown import table
 from fastmim.deepspeed_fragment import stage_in_effect
@@ -33,9 +36,9 @@ from fastmim.objectives import build_objective
 from fastmim.ranks import Ranks
 from fastmim.window import peak_memory_bytes
 
-NVLINK = Link(450e9, 5e-6)
+NVLINK = Link(dict.fromkeys(ROUNDS, 450e9), 5e-6)
 """Between the 8 GPUs of a DGX H100: 900 GB/s in both directions together (NVIDIA's data sheet)."""
-NETWORK = Link(50e9, 15e-6)
+NETWORK = Link(dict.fromkeys(ROUNDS, 50e9), 15e-6)
 """Between such nodes: a 400 Gb/s adapter for each GPU (NVIDIA's data sheet). Latencies are assumptions."""
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -48,19 +51,18 @@ PREDICTED = {"scaling_model"}
 _STEPS: dict[int, FixedBatch] = {}  # of this process, by ZeRO stage
 
 
-def build(words: list[str], stage: int, images: int) -> dict:
+def build(words: list[str], stage: int, images: int, as_several: bool) -> dict:
     """Make this rank's step; returns what the model needs to know."""
     ranks = int(os.environ["WORLD_SIZE"])
     config = make_config(
         [*words, f"optim.batch_size={images * ranks}", f"deepspeed.zero_optimization.stage={stage}"]
     )
-    step = FixedBatch(config)
+    step = FixedBatch(config, as_several=as_several)
     _STEPS[stage] = step
     loss = float(step.step())
-    return {
-        **{"loss": loss, "precision": step.precision, "flops": images * step.objective.step_flops()},
-        "stage": stage_in_effect(config.deepspeed, step.precision, ranks),
-    }
+    computed_by = stage if as_several else stage_in_effect(config.deepspeed, step.precision, ranks)
+    flops = images * step.objective.step_flops()
+    return {"loss": loss, "precision": step.precision, "flops": flops, "stage": computed_by}
 
 
 def peak_flops(precision: str) -> float:
@@ -88,78 +90,40 @@ def time_steps(stage: int, steps: int) -> tuple[float, float]:
     return (time.perf_counter() - started) / steps, update / steps
 
 
-def time_all_reduce(numbers: int, precision: str, times: int = 3) -> float:
-    """Median seconds of summing so many numbers over the ranks."""
-    device = Ranks().device
-    values = torch.ones(numbers, dtype=harness.DTYPES[precision], device=device)
-    seconds = []
-    for _ in range(1 + times):
-        dist.barrier()
-        _wait(device)
-        started = time.perf_counter()
-        dist.all_reduce(values)
-        _wait(device)
-        seconds.append(time.perf_counter() - started)
-    return median(seconds[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def measure_link(pair: Group, numbers: int, precision: str) -> Link:
-    """Bandwidth of an all-reduce of so many numbers between two ranks, and the latency of a tiny one."""
-    latency = max(pair.call(time_all_reduce, 1, precision)) / 2
-    seconds = max(pair.call(time_all_reduce, numbers, precision))
-    return Link(numbers * ITEM[precision] / max(seconds - 2 * latency, 1e-9), latency)
-
-
 def measure_stage(stage: int, args: argparse.Namespace) -> list[dict]:
     """Rows of one ZeRO stage: 1 rank, 2 ranks that are not joined, 2 ranks that are."""
     words = args.overrides or SMALL
     # On GPUs each rank that computes at a time has one of its own.
-    with Group(1, 1) as alone, Group(1, 1, gpu=1) as other, Group(2, 1) as pair:
-        starting = [group.start(build, words, stage, args.images) for group in (alone, other, pair)]
-        built = [ranks[0].result() for ranks in starting]
-        # The first rank of a pair has the images of one that is alone.
-        names = "1 rank", "1 rank beside it", "the first of 2 ranks"
-        losses = [first["loss"] for first in built]
-        report.require_same(dict(zip(names, losses, strict=True)), 1e-3)
-        samples: dict[str, list[float]] = {"1 rank": [], "2 ranks, not joined": [], "2 ranks": []}
-        updates = []
-        for number in range(args.rounds + 1):
-            taken = {
-                "1 rank": alone.call(time_steps, stage, args.steps),
-                "2 ranks, not joined": [
-                    result.result()
-                    for started in [group.start(time_steps, stage, args.steps) for group in (alone, other)]
-                    for result in started
-                ],
-                "2 ranks": pair.call(time_steps, stage, args.steps),
-            }
-            if number:
-                for name, ranks in taken.items():
-                    samples[name].append(max(seconds for seconds, _ in ranks))
-                updates.append(taken["1 rank"][0][1])
-        config, precision = make_config(words), built[0]["precision"]
-        numbers = sum(parameter_sizes(config))
-        link = measure_link(pair, numbers, precision)
-        peak = alone.call(peak_flops, precision)[0]
-        memory = {
-            "1 rank": alone.call(peak_memory),
-            "2 ranks, not joined": [*alone.call(peak_memory), *other.call(peak_memory)],
-            "2 ranks": pair.call(peak_memory),
+    with Group(1, 1) as alone, Group(1, 1) as first, Group(1, 1, gpu=1) as second, Group(2, 1) as pair:
+        groups = {"1 rank": [alone], "2 ranks, not joined": [first, second], "2 ranks": [pair]}
+        starting = {
+            name: [group.start(build, words, stage, args.images, name != "1 rank") for group in members]
+            for name, members in groups.items()
         }
-    whole, update = median(samples["1 rank"]), median(updates)
-    step = Step(whole - update, update, numbers * ITEM[precision])
-    contention = harness.ratio(samples["2 ranks, not joined"], samples["1 rank"])
-    predicted = step_seconds(step, 2, stage, link, contention=contention)
+        # The first rank of a pair has the images of one that is alone.
+        built = {name: started[0][0].result() for name, started in starting.items()}
+        report.require_same({name: rank["loss"] for name, rank in built.items()}, 1e-3)
+        samples: dict[str, list[float]] = {name: [] for name in groups}
+        updates: dict[str, list[float]] = {name: [] for name in groups}
+        for number in range(args.rounds + 1):
+            for name, members in groups.items():
+                seconds, update = max(_of_all(members, time_steps, stage, args.steps))
+                if number:
+                    samples[name].append(seconds)
+                    updates[name].append(update)
+        precision, flops = built["1 rank"]["precision"], built["1 rank"]["flops"]
+        numbers = sum(parameter_sizes(make_config(words)))
+        link = measure_link(pair, numbers, precision)
+        flatten = max(pair.call(time_flatten, numbers, precision))
+        peak = alone.call(peak_flops, precision)[0]
+        memory = {name: max(_of_all(members, peak_memory)) for name, members in groups.items()}
+    whole, update = median(samples["2 ranks, not joined"]), median(updates["2 ranks, not joined"])
+    step = Step(whole - update, update, numbers * ITEM[precision], flatten)
+    predicted = step_seconds(step, 2, stage, link)
     rows = []
-    flops = built[0]["flops"]
     for name, seconds in samples.items():
         ranks = 1 if name == "1 rank" else 2
-        computed_by = built[-1 if name == "2 ranks" else 0]["stage"]
+        computed_by = built[name]["stage"]
         row = report.timed_row(
             name if computed_by == stage else f"{name} (ZeRO {computed_by})",
             f"{numbers / 1e6:.1f} M parameters, ZeRO {stage}",
@@ -169,24 +133,30 @@ def measure_stage(stage: int, args: argparse.Namespace) -> list[dict]:
             images=ranks * args.images,
             flops=ranks * flops,
             baseline_flops=flops,
-            peak_memory=max(memory[name]),
+            peak_memory=memory[name],
         )
         # The ratio of a weak scaling is of images in the same time, of which each takes the same FLOPs.
         row |= {"weak_efficiency": row["ratio"], "efficiency": None, "flop_ratio": 1.0, "stage": stage}
         row |= {"ratio": ranks * row["ratio"], "ratio_range": [ranks * end for end in row["ratio_range"]]}
-        row |= {"mfu": flops / row["median_s"] / peak, "predicted_s": None}
+        row |= {"mfu": flops / row["median_s"] / peak, "predicted_s": None, "update_samples": updates[name]}
         rows.append(row)
     rows[-1] |= {
         "predicted_s": predicted,
         "error": predicted / rows[-1]["median_s"] - 1,
-        "contention": contention,
+        "compute_s": step.compute,
         "update_s": update,
-        "update_samples": updates,
+        "flatten_s": flatten,
         "bandwidth": link.bandwidth,
         "latency": link.latency,
         "communication_s": communication_seconds(step, 2, stage, link),
     }
     return rows
+
+
+def _of_all(groups: list[Group], function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What a function returns on every rank of groups that run it at the same time."""
+    started = [group.start(function, *args) for group in groups]
+    return [result.result() for results in started for result in results]
 
 
 def predict(args: argparse.Namespace) -> list[dict]:
@@ -197,6 +167,7 @@ def predict(args: argparse.Namespace) -> list[dict]:
     parameters = sum(parameter_sizes(config))
     compute = IMAGES_PER_GPU * flops / (MFU * PEAK_TFLOPS["H100"] * 1e12)
     # AdamW moves 28 bytes a parameter: a gradient of 16 bits, master and moments in; those and a copy of 16 bits out.
+    # Copies of gradients, of 4 to 8 bytes a parameter, are left out: less than 1 % of a ViT-L's step.
     step = Step(compute, 28 * parameters / 3.35e12, 2 * parameters)
     rows = []
     for stage in args.stages:
@@ -219,15 +190,15 @@ def predict(args: argparse.Namespace) -> list[dict]:
 def tables(stored: dict) -> dict[str, str]:
     """The page's tables of stored rows: `scaling`, measured, and `scaling_model`, predicted."""
     header = ["size", "dtype", "ranks", "ms a step", "p20–p80", "images/s", "× one rank", "efficiency"]
-    header += ["predicted ms", "error", "all-reduce GB/s"]
+    header += ["predicted ms", "of which sent", "error"]
     lines = []
     for row in stored["rows"]:
         model = ["–"] * 3
         if row["predicted_s"] is not None:
             model = [
                 f"{1e3 * row['predicted_s']:.0f}",
+                f"{1e3 * row['communication_s']:.0f}",
                 f"{row['error']:+.0%}",
-                f"{row['bandwidth'] / 1e9:.2f}",
             ]
         lines.append(
             [

@@ -89,7 +89,7 @@ def start_distributed(ranks: Ranks) -> None:
 
 
 def build_engine(
-    config: Config, objective: nn.Module, precision: str, micro_batch: int
+    config: Config, objective: nn.Module, precision: str, micro_batch: int, as_several: bool = False
 ) -> deepspeed.DeepSpeedEngine:
     """The engine that computes, reduces and applies gradients, with its optimiser.
 
@@ -98,12 +98,14 @@ def build_engine(
         objective: what is trained; its parameters take the precision.
         precision: bf16, fp16 or fp32.
         micro_batch: images per rank and backward pass.
+        as_several: what ranks of several do with gradients and the optimiser's state, one rank does too. It needs
+            none of it; to measure what that costs without a word sent.
     """
     completed = deepspeed_config(config, precision, micro_batch)
     groups = parameter_groups(objective, config.optim.weight_decay)
     options: dict[str, Any] = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps}
     world_size = dist.get_world_size()
-    stage = stage_in_effect(config.deepspeed, precision, world_size)
+    stage = config.zero_stage if as_several else stage_in_effect(config.deepspeed, precision, world_size)
     # DeepSpeed's own 16-bit optimiser without ZeRO counts a step more than it made, and its plain path lets bad
     # gradients through.
     if stage == 0:
@@ -116,7 +118,7 @@ def build_engine(
         sizes = [parameter.numel() for parameter in objective.parameters()]
         unless_told = bucket_settings(sizes, world_size, Ranks().device.type == "cpu")
         completed["zero_optimization"] = unless_told | completed["zero_optimization"]
-    alone = world_size == 1
+    alone = world_size == 1 and not as_several
     if stage == 0 and precision == "bf16":
         # DeepSpeed, which is not told of bf16 here, would send float32.
         completed.setdefault("communication_data_type", "bf16")
