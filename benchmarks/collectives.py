@@ -1,4 +1,4 @@
-"""What moving a run's gradients costs between ranks that exist: each collective alone, and the copies around a sum."""
+"""What each collective takes between ranks that exist, alone."""
 
 import time
 from collections.abc import Callable
@@ -24,13 +24,6 @@ def time_collective(name: str, numbers: int, precision: str) -> float:
         return _median_seconds(lambda: dist.all_gather_into_tensor(values, share))
     summed = torch.empty_like(share)
     return _median_seconds(lambda: dist.reduce_scatter_tensor(summed, values))
-
-
-def time_flatten(numbers: int, precision: str) -> float:
-    """Median seconds of copying so many numbers to one new buffer, and this rank's share of them back."""
-    shares = _ones(numbers, precision).chunk(dist.get_world_size())
-    rank = dist.get_rank()
-    return _median_seconds(lambda: shares[rank].copy_(torch.cat(shares).chunk(dist.get_world_size())[rank]))
 
 
 def measure_link(group: Group, numbers: int, precision: str) -> Link:

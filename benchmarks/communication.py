@@ -15,11 +15,8 @@ COLLECTIVES = {
 """Of a step, by ZeRO stage: gradients are summed, and updated parameters gathered; at stage 3 in both passes.
 
 Source: Rajbhandari et al., ZeRO, SC 2020, section 7, but for stages 1 and 2, whose gradients DeepSpeed sends to every
-rank, although each keeps its share alone (`use_multi_rank_bucket_allreduce`, its default).
+rank, although each keeps a share alone.
 """
-
-FLATTENED = (1, 2)
-"""Stages at which DeepSpeed copies a bucket before the sum, and its share back after it, where ranks share a bucket."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,6 @@ class Step:
     """Seconds of the optimiser over all parameters."""
     gradient_bytes: int
     """Of all parameters, in the precision of the products; gathered parameters are as many."""
-    flatten: float = 0.0
-    """Seconds in which all gradients are copied to one buffer and back."""
 
 
 def communication_seconds(step: Step, ranks: int, stage: int, link: Link) -> float:
@@ -68,9 +63,8 @@ def step_seconds(step: Step, ranks: int, stage: int, link: Link, overlap: float 
         overlap: share of the communication that hides behind computation, if there is enough.
     """
     update = step.update / (ranks if stage else 1)
-    copied = step.flatten if stage in FLATTENED and ranks > 1 else 0.0
     sent = communication_seconds(step, ranks, stage, link)
-    return step.compute + update + copied + sent - min(overlap * sent, step.compute)
+    return step.compute + update + sent - min(overlap * sent, step.compute)
 
 
 def efficiency(step: Step, ranks: int, stage: int, link: Link, overlap: float = 0.0) -> float:

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import torch
 
 from benchmarks import harness, report
-from benchmarks.collectives import measure_link, time_flatten
+from benchmarks.collectives import measure_link
 from benchmarks.communication import ROUNDS, Link, Step, communication_seconds, efficiency, step_seconds
 from benchmarks.gloo import SMALL, FixedBatch, Group, make_config
 from benchmarks.markdown import table
@@ -114,11 +114,10 @@ def measure_stage(stage: int, args: argparse.Namespace) -> list[dict]:
         precision, flops = built["1 rank"]["precision"], built["1 rank"]["flops"]
         numbers = sum(parameter_sizes(make_config(words)))
         link = measure_link(pair, numbers, precision)
-        flatten = max(pair.call(time_flatten, numbers, precision))
         peak = alone.call(peak_flops, precision)[0]
         memory = {name: max(_of_all(members, peak_memory)) for name, members in groups.items()}
     whole, update = median(samples["2 ranks, not joined"]), median(updates["2 ranks, not joined"])
-    step = Step(whole - update, update, numbers * ITEM[precision], flatten)
+    step = Step(whole - update, update, numbers * ITEM[precision])
     predicted = step_seconds(step, 2, stage, link)
     rows = []
     for name, seconds in samples.items():
@@ -145,7 +144,6 @@ def measure_stage(stage: int, args: argparse.Namespace) -> list[dict]:
         "error": predicted / rows[-1]["median_s"] - 1,
         "compute_s": step.compute,
         "update_s": update,
-        "flatten_s": flatten,
         "bandwidth": link.bandwidth,
         "latency": link.latency,
         "communication_s": communication_seconds(step, 2, stage, link),

@@ -43,6 +43,9 @@ OWNED = {
 BUCKET_SIZE = 500_000_000
 """DeepSpeed's default of `reduce_bucket_size`, in numbers."""
 
+COPIED_BUCKET = 5_000_000
+"""Numbers that CPUs sum at once without ZeRO, whose buffer is new in every step: one that glibc's heap keeps."""
+
 OVERLAPPED_BUCKET = 50_000_000
 """Numbers of a bucket that is summed during the backward pass: several of a ViT-L, each large enough for a network."""
 
@@ -69,20 +72,37 @@ def sum_dtype(fragment: dict[str, Any]) -> str | None:
     return (fragment.get("data_types") or {}).get("grad_accum_dtype")
 
 
-def bucket_settings(sizes: list[int], world_size: int, on_cpu: bool) -> dict[str, Any]:
-    """How ZeRO sums gradients over the ranks, unless the fragment says it.
+def bucket_settings(stage: int, sizes: list[int], world_size: int, on_cpu: bool) -> dict[str, Any]:
+    """How gradients are summed over the ranks, unless the fragment says it.
 
     DeepSpeed allocates a bucket whole in every step, and sums it when it is full. On GPUs buckets fill, and are summed,
-    while the backward pass goes on; on CPUs, whose cores do both, all gradients are summed at once.
+    while the backward pass goes on; on CPUs, whose cores do both, all gradients are summed at once. Without ZeRO
+    gradients are copied to a bucket after that pass, and back.
 
     Args:
+        stage: of ZeRO, in effect.
         sizes: numbers of each parameter.
         world_size: of the run.
         on_cpu: where the ranks compute.
     """
+    if stage == 0:
+        return {"reduce_bucket_size": COPIED_BUCKET if on_cpu else OVERLAPPED_BUCKET}
     if on_cpu or world_size == 1:
         return {"reduce_bucket_size": min(BUCKET_SIZE, sum(sizes))}
     return {"overlap_comm": True, "reduce_bucket_size": min(sum(sizes), max(OVERLAPPED_BUCKET, *sizes))}
+
+
+def sums_in_place(fragment: dict[str, Any], stage: int) -> bool:
+    """Whether a bucket of ZeRO 1 or 2 is to be summed where it lies.
+
+    DeepSpeed's default, `reduce_scatter`, sends every rank a whole bucket just the same, but a copy of it, of which it
+    copies a share back. A fragment that says how gradients are summed is left as it is.
+    """
+    told = {"prescale_gradients", "gradient_predivide_factor"} & fragment.keys()
+    told |= {"reduce_scatter", "use_multi_rank_bucket_allreduce"} & fragment.get(
+        "zero_optimization", {}
+    ).keys()
+    return stage in (1, 2) and not told
 
 
 def check_fragment(fragment: dict[str, Any]) -> None:

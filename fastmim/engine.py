@@ -1,6 +1,7 @@
 """DeepSpeed: joining the ranks, reading its configuration, and building the engine of a run."""
 
 import os
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -12,7 +13,13 @@ from pydantic import ValidationError
 from torch import nn
 
 from fastmim.config import Config
-from fastmim.deepspeed_fragment import bucket_settings, offloads_optimizer, stage_in_effect, sum_dtype
+from fastmim.deepspeed_fragment import (
+    bucket_settings,
+    offloads_optimizer,
+    stage_in_effect,
+    sum_dtype,
+    sums_in_place,
+)
 from fastmim.errors import ConfigError
 from fastmim.heap import give_heap_back, keep_heap
 from fastmim.optim import GuardedAdamW, parameter_groups
@@ -106,6 +113,9 @@ def build_engine(
     options: dict[str, Any] = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps}
     world_size = dist.get_world_size()
     stage = config.zero_stage if as_several else stage_in_effect(config.deepspeed, precision, world_size)
+    on_cpu = Ranks().device.type == "cpu"
+    sizes = [parameter.numel() for parameter in objective.parameters()]
+    summing = bucket_settings(stage, sizes, world_size, on_cpu) | completed.get("zero_optimization", {})
     # DeepSpeed's own 16-bit optimiser without ZeRO counts a step more than it made, and its plain path lets bad
     # gradients through.
     if stage == 0:
@@ -115,9 +125,10 @@ def build_engine(
         for key in ("zero_optimization", "bf16", "data_types"):
             completed.pop(key, None)
     else:
-        sizes = [parameter.numel() for parameter in objective.parameters()]
-        unless_told = bucket_settings(sizes, world_size, Ranks().device.type == "cpu")
-        completed["zero_optimization"] = unless_told | completed["zero_optimization"]
+        completed["zero_optimization"] = summing
+        if sums_in_place(config.deepspeed, stage):
+            summing["reduce_scatter"] = False
+            completed["prescale_gradients"] = True  # as with it: fp16 might not hold a sum
     alone = world_size == 1 and not as_several
     if stage == 0 and precision == "bf16":
         # DeepSpeed, which is not told of bf16 here, would send float32.
@@ -138,9 +149,11 @@ def build_engine(
     if stage == 0:
         # DeepSpeed's goes through the names of every module in every step.
         engine.zero_grad = optimizer.zero_grad
+        # Without ZeRO it does not ask for the size of a bucket.
+        engine.allreduce_gradients = partial(engine.allreduce_gradients, summing["reduce_bucket_size"])
     if stage == 0 and alone:
         engine.enable_backward_allreduce = False
-    if Ranks().device.type == "cpu":
+    if on_cpu:
         give_heap_back()  # what made the weights, and held them in float32
         _give_heap_back_after_first_step(optimizer)
     return engine

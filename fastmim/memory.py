@@ -11,7 +11,6 @@ import torch
 
 from fastmim.config import Config
 from fastmim.deepspeed_fragment import (
-    BUCKET_SIZE,
     bucket_settings,
     offloads_optimizer,
     stage_in_effect,
@@ -135,10 +134,11 @@ def predict_memory(
 def _buckets(config: Config, sizes: list[int], world_size: int, stage: int, on_cpu: bool) -> int:
     """Numbers in the buffers that gradients are summed in."""
     count = sum(sizes)
-    if stage == 0:
-        return min(BUCKET_SIZE, count) if world_size > 1 else 0
-    zero = bucket_settings(sizes, world_size, on_cpu) | config.deepspeed["zero_optimization"]
+    zero = bucket_settings(stage, sizes, world_size, on_cpu) | config.deepspeed.get("zero_optimization", {})
     size = int(zero["reduce_bucket_size"])
+    if stage == 0:
+        # A bucket is full with the gradient that makes it so.
+        return min(size + max(sizes), count) if world_size > 1 else 0
     # One is filled while another is summed.
     size *= 2 if stage < 3 and zero.get("overlap_comm") else 1
     return min(size, count) if on_cpu else size

@@ -58,14 +58,23 @@ def test_activations_of_a_gpu_are_those_of_blocks_that_compute_nothing_again(tin
 @pytest.mark.parametrize(("stage", "buffers"), [(1, 2), (2, 2), (3, 1)])
 def test_on_gpus_gradients_are_summed_in_buckets_that_fill_during_the_backward_pass(stage, buffers):
     config = make_config([f"{memory.STAGE}={stage}", "model.size=large", "optim.batch_size=8"])
-    settings = bucket_settings([10, 60 * 10**6, 30 * 10**6], 8, on_cpu=False)
+    settings = bucket_settings(stage, [10, 60 * 10**6, 30 * 10**6], 8, on_cpu=False)
     assert settings == {"overlap_comm": True, "reduce_bucket_size": 60 * 10**6}
     # One fills while another is summed; ZeRO-3 has one.
     assert predict_memory(config, "bf16", 8).buckets == buffers * 50 * 10**6 * 2
     whole = sum(parameter_sizes(config))
-    assert bucket_settings([whole], 8, on_cpu=True) == {"reduce_bucket_size": whole}
+    assert bucket_settings(stage, [whole], 8, on_cpu=True) == {"reduce_bucket_size": whole}
     told = make_config([f"{memory.STAGE}={stage}", "deepspeed.zero_optimization.reduce_bucket_size=7"])
     assert predict_memory(told, "bf16", 8).buckets == buffers * 7 * 2
+
+
+def test_without_zero_gradients_are_summed_in_buckets_that_end_with_a_whole_gradient():
+    words = [f"{memory.STAGE}=0", "model.size=large", "optim.batch_size=8"]
+    largest = 4 * 1024**2
+    assert predict_memory(make_config(words), "bf16", 8).buckets == (50 * 10**6 + largest) * 2
+    assert predict_memory(make_config(words), "bf16", 1).buckets == 0
+    told = make_config([*words, "deepspeed.zero_optimization.reduce_bucket_size=7"])
+    assert predict_memory(told, "bf16", 8).buckets == (7 + largest) * 2
 
 
 @pytest.mark.parametrize(("stage", "share"), [(0, 1), (2, 2)])

@@ -13,7 +13,7 @@ from benchmarks.communication import ROUNDS, Link, Step, communication_seconds, 
 from benchmarks.gloo import Group
 from tests.benchmarks.test_report import KEYS
 
-STEP = Step(compute=1.0, update=0.4, gradient_bytes=10**9, flatten=0.3)
+STEP = Step(compute=1.0, update=0.4, gradient_bytes=10**9)
 FAST = Link(dict.fromkeys(ROUNDS, 1e9), latency=0.0)
 
 
@@ -32,7 +32,7 @@ def test_each_collective_has_a_bandwidth():
 
 def test_seconds_of_a_step():
     assert step_seconds(STEP, 2, 0, FAST) == pytest.approx(1.0 + 0.4 + 1.0)
-    assert step_seconds(STEP, 2, 1, FAST) == pytest.approx(1.0 + 0.2 + 0.3 + 1.5)
+    assert step_seconds(STEP, 2, 1, FAST) == pytest.approx(1.0 + 0.2 + 1.5)
     assert step_seconds(STEP, 4, 3, FAST) == pytest.approx(1.0 + 0.1 + 3 * 0.75)
     assert step_seconds(STEP, 2, 0, FAST, overlap=1.0) == pytest.approx(1.4)
     slow = Link(dict.fromkeys(ROUNDS, 1e8), latency=0.0)
@@ -59,7 +59,6 @@ def test_two_ranks_are_timed(pair, tiny):
     link = collectives.measure_link(pair, 10**5 + 1, "fp32")
     assert link.bandwidth.keys() == ROUNDS.keys()
     assert all(bandwidth > 0 for bandwidth in link.bandwidth.values()) and link.latency > 0
-    assert all(seconds > 0 for seconds in pair.call(collectives.time_flatten, 10**5 + 1, "fp32"))
 
 
 def _called_in_a_step(stage):
@@ -96,7 +95,7 @@ def test_rows_tell_which_stage_computed_them(tiny):
         assert row.keys() > KEYS
         assert row["ratio"] == pytest.approx(ranks * row["weak_efficiency"])
         assert row["flops"] == ranks * rows[0]["flops"] and row["peak_memory_bytes"] > 0 and row["mfu"] > 0
-    step = Step(*(rows[-1][key] for key in ("compute_s", "update_s")), 0, rows[-1]["flatten_s"])
+    step = Step(*(rows[-1][key] for key in ("compute_s", "update_s")), 0)
     free = Link(dict.fromkeys(ROUNDS, 1.0), 0.0)
     sent = rows[-1]["communication_s"]
     assert rows[-1]["predicted_s"] == pytest.approx(step_seconds(step, 2, 1, free) + sent)
