@@ -83,6 +83,7 @@ def time_steps(stage: int, steps: int) -> tuple[float, float]:
     for _ in range(steps):
         loss = fixed.engine(fixed.batch)["loss"]
         fixed.engine.backward(loss)
+        fixed.synchronise()
         before = time.perf_counter()
         fixed.engine.step()
         fixed.synchronise()
