@@ -101,10 +101,9 @@ class FixedBatch:
     Args:
         config: of the run.
         batch: this rank's micro-batch, as a loader makes it; random images unless given.
-        as_several: of one rank, to do what each of several does besides sending.
     """
 
-    def __init__(self, config: Config, batch: Images | None = None, as_several: bool = False):
+    def __init__(self, config: Config, batch: Images | None = None):
         self.config, self.ranks = config, Ranks()
         start_distributed(self.ranks)
         device, micro_batch = self.ranks.device, config.micro_batch(self.ranks.world_size)
@@ -114,7 +113,7 @@ class FixedBatch:
         self.objective = build_objective(config, attention)
         if config.train.compile:
             self.objective.compile_blocks()
-        self.engine = build_engine(config, self.objective, self.precision, micro_batch, as_several)
+        self.engine = build_engine(config, self.objective, self.precision, micro_batch)
         self.batch = batch or self._random_batch(micro_batch)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = config.optim.lr

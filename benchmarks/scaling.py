@@ -3,10 +3,11 @@
     python benchmarks/scaling.py [--stages 0 1 2 3] [--rounds 5] [--steps 2] [key=value ...]
 
 Weak scaling: each rank has the same images, and one thread. Between 1 rank and 2 joined ranks stand 2 ranks that are
-not joined: processes on one machine share its memory and clock, and each does what one of several does with gradients
-and the optimiser's state, but sends nothing. The model (`communication.py`) is given their step, and what each
-collective takes alone between two ranks (`collectives.py`), all of the same run; it predicts the joined step, and its
-error is told. What it says of GPUs is a prediction from published bandwidths, not a measurement.
+not joined: processes on one machine share its memory and clock, and each copies gradients and updates by ZeRO's
+optimiser as if it were one of several, but sends nothing, and updates all. The model (`communication.py`) is given
+their step, of whose update each of 2 ranks makes half, and what each collective takes alone between two ranks
+(`collectives.py`), all of the same run; it predicts the joined step, and its error is told. What it says of GPUs is a
+prediction from published bandwidths, not a measurement.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 # Run as a script, Python looks here first, where `kernels.py` would pass for a package of that name.
 if __name__ == "__main__":
@@ -29,6 +31,7 @@ from benchmarks.collectives import measure_link
 from benchmarks.communication import ROUNDS, Link, Step, communication_seconds, efficiency, step_seconds
 from benchmarks.gloo import SMALL, FixedBatch, Group, make_config
 from benchmarks.markdown import table
+from fastmim import engine
 from fastmim.deepspeed_fragment import stage_in_effect
 from fastmim.flops import PEAK_TFLOPS, measure_peak_flops
 from fastmim.memory import ITEM, parameter_sizes
@@ -52,17 +55,36 @@ _STEPS: dict[int, FixedBatch] = {}  # of this process, by ZeRO stage
 
 
 def build(words: list[str], stage: int, images: int, as_several: bool) -> dict:
-    """Make this rank's step; returns what the model needs to know."""
+    """Make this rank's step; returns what the model needs to know.
+
+    Args:
+        words: of the configuration.
+        stage: of ZeRO.
+        images: of this rank.
+        as_several: to sum and update as one of several ranks does, whatever the number of ranks.
+    """
     ranks = int(os.environ["WORLD_SIZE"])
     config = make_config(
         [*words, f"optim.batch_size={images * ranks}", f"deepspeed.zero_optimization.stage={stage}"]
     )
-    step = FixedBatch(config, as_several=as_several)
+    in_effect = (lambda *_: stage) if as_several else stage_in_effect
+    with mock.patch.object(engine, "stage_in_effect", in_effect):
+        step = FixedBatch(config)
+    if as_several:
+        step.engine.enable_backward_allreduce = True
     _STEPS[stage] = step
-    loss = float(step.step())
-    computed_by = stage if as_several else stage_in_effect(config.deepspeed, step.precision, ranks)
-    flops = images * step.objective.step_flops()
-    return {"loss": loss, "precision": step.precision, "flops": flops, "stage": computed_by}
+    return {
+        **{"loss": float(step.step()), "precision": step.precision},
+        **{"flops": images * step.objective.step_flops()},
+        "stage": in_effect(config.deepspeed, step.precision, ranks),
+    }
+
+
+def count_gathers(stage: int) -> int:
+    """Messages in which this rank's step gathers parameters; 1 where it gathers none."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        _STEPS[stage].step()
+    return sum(event.name == "c10d::_allgather_base_" for event in profiler.events()) or 1
 
 
 def peak_flops(precision: str) -> float:
@@ -114,7 +136,8 @@ def measure_stage(stage: int, args: argparse.Namespace) -> list[dict]:
                     updates[name].append(update)
         precision, flops = built["1 rank"]["precision"], built["1 rank"]["flops"]
         numbers = sum(parameter_sizes(make_config(words)))
-        link = measure_link(pair, numbers, precision)
+        gathers = max(pair.call(count_gathers, stage))
+        link = measure_link(pair, numbers, precision, gathers)
         peak = alone.call(peak_flops, precision)[0]
         memory = {name: max(_of_all(members, peak_memory)) for name, members in groups.items()}
     whole, update = median(samples["2 ranks, not joined"]), median(updates["2 ranks, not joined"])
@@ -147,6 +170,7 @@ def measure_stage(stage: int, args: argparse.Namespace) -> list[dict]:
         "update_s": update,
         "bandwidth": link.bandwidth,
         "latency": link.latency,
+        "gathers": gathers,
         "communication_s": communication_seconds(step, 2, stage, link),
     }
     return rows

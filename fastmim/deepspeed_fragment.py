@@ -44,7 +44,7 @@ BUCKET_SIZE = 500_000_000
 """DeepSpeed's default of `reduce_bucket_size`, in numbers."""
 
 COPIED_BUCKET = 5_000_000
-"""Numbers that CPUs sum at once without ZeRO, whose buffer is new in every step: one that glibc's heap keeps."""
+"""Numbers that CPUs sum at once without ZeRO, whose buffer is new in every step: mostly one that glibc's heap keeps."""
 
 OVERLAPPED_BUCKET = 50_000_000
 """Numbers of a bucket that is summed during the backward pass: several of a ViT-L, each large enough for a network."""
@@ -96,13 +96,13 @@ def sums_in_place(fragment: dict[str, Any], stage: int) -> bool:
     """Whether a bucket of ZeRO 1 or 2 is to be summed where it lies.
 
     DeepSpeed's default, `reduce_scatter`, sends every rank a whole bucket just the same, but a copy of it, of which it
-    copies a share back. A fragment that says how gradients are summed is left as it is.
+    copies a share back. It stays where gradients are added in another dtype than sent, as the mean would be rounded
+    elsewhere, and where the fragment says how gradients are summed.
     """
-    told = {"prescale_gradients", "gradient_predivide_factor"} & fragment.keys()
-    told |= {"reduce_scatter", "use_multi_rank_bucket_allreduce"} & fragment.get(
-        "zero_optimization", {}
-    ).keys()
-    return stage in (1, 2) and not told
+    zero = fragment.get("zero_optimization", {})
+    told = {"prescale_gradients", "gradient_predivide_factor", "communication_data_type"} & fragment.keys()
+    told |= {"reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"} & zero.keys()
+    return stage in (1, 2) and not told and sum_dtype(fragment) is None
 
 
 def check_fragment(fragment: dict[str, Any]) -> None:

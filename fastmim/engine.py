@@ -96,7 +96,7 @@ def start_distributed(ranks: Ranks) -> None:
 
 
 def build_engine(
-    config: Config, objective: nn.Module, precision: str, micro_batch: int, as_several: bool = False
+    config: Config, objective: nn.Module, precision: str, micro_batch: int
 ) -> deepspeed.DeepSpeedEngine:
     """The engine that computes, reduces and applies gradients, with its optimiser.
 
@@ -105,14 +105,12 @@ def build_engine(
         objective: what is trained; its parameters take the precision.
         precision: bf16, fp16 or fp32.
         micro_batch: images per rank and backward pass.
-        as_several: what ranks of several do with gradients and the optimiser's state, one rank does too. It needs
-            none of it; to measure what that costs without a word sent.
     """
     completed = deepspeed_config(config, precision, micro_batch)
     groups = parameter_groups(objective, config.optim.weight_decay)
     options: dict[str, Any] = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps}
     world_size = dist.get_world_size()
-    stage = config.zero_stage if as_several else stage_in_effect(config.deepspeed, precision, world_size)
+    stage = stage_in_effect(config.deepspeed, precision, world_size)
     on_cpu = Ranks().device.type == "cpu"
     sizes = [parameter.numel() for parameter in objective.parameters()]
     summing = bucket_settings(stage, sizes, world_size, on_cpu) | completed.get("zero_optimization", {})
@@ -128,8 +126,8 @@ def build_engine(
         completed["zero_optimization"] = summing
         if sums_in_place(config.deepspeed, stage):
             summing["reduce_scatter"] = False
-            completed["prescale_gradients"] = True  # as with it: fp16 might not hold a sum
-    alone = world_size == 1 and not as_several
+            completed["prescale_gradients"] = True  # as with it: fp16 might not hold a sum of gradients
+    alone = world_size == 1
     if stage == 0 and precision == "bf16":
         # DeepSpeed, which is not told of bf16 here, would send float32.
         completed.setdefault("communication_data_type", "bf16")
@@ -150,7 +148,8 @@ def build_engine(
         # DeepSpeed's goes through the names of every module in every step.
         engine.zero_grad = optimizer.zero_grad
         # Without ZeRO it does not ask for the size of a bucket.
-        engine.allreduce_gradients = partial(engine.allreduce_gradients, summing["reduce_bucket_size"])
+        bucket = int(summing["reduce_bucket_size"])
+        engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=bucket)
     if stage == 0 and alone:
         engine.enable_backward_allreduce = False
     if on_cpu:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from benchmarks.gloo import FixedBatch, Group, make_config
+from fastmim.deepspeed_fragment import sums_in_place
 
 TINY = [
     *("model.size=null", "model.width=64", "model.depth=2", "model.heads=2", "data.image_size=64"),
@@ -88,8 +89,15 @@ def test_zero_sums_in_place_what_it_would_sum_from_a_copy(pair, stage, precision
     [
         "deepspeed.gradient_predivide_factor=2",
         "deepspeed.prescale_gradients=false",
+        "deepspeed.communication_data_type=fp32",
+        "deepspeed.zero_optimization.reduce_bucket_size=20000",
         "deepspeed.zero_optimization.use_multi_rank_bucket_allreduce=false",
     ],
 )
 def test_a_fragment_that_says_how_gradients_are_summed_is_left_as_it_is(pair, word):
     assert pair.call(settings_of_sums, [f"{STAGE}=1", word]) == 2 * [(True, True)]
+
+
+def test_gradients_that_are_added_in_another_dtype_than_sent_are_summed_by_deepspeeds_default():
+    assert sums_in_place({"zero_optimization": {"stage": 1}}, 1)
+    assert not sums_in_place({"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}}, 1)
