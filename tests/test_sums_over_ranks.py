@@ -100,4 +100,6 @@ def test_a_fragment_that_says_how_gradients_are_summed_is_left_as_it_is(pair, wo
 
 def test_gradients_that_are_added_in_another_dtype_than_sent_are_summed_by_deepspeeds_default():
     assert sums_in_place({"zero_optimization": {"stage": 1}}, 1)
-    assert not sums_in_place({"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}}, 1)
+    assert not sums_in_place(
+        {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}}, 1
+    )
