@@ -106,28 +106,19 @@ def test_rows_tell_which_stage_computed_them(tiny):
 
 def test_tables():
     measured = {
-        "size": "s",
-        "dtype": "fp32",
-        "median_s": 0.1,
-        "p20_s": 0.1,
-        "p80_s": 0.2,
-        "images_per_s": 20.0,
+        **{"size": "s", "dtype": "fp32", "median_s": 0.1, "p20_s": 0.1, "p80_s": 0.2, "images_per_s": 20.0},
+        **{"ratio": 1.5, "weak_efficiency": 0.75, "predicted_s": None},
     }
-    rows = [
-        {**measured, "variant": "1 rank", "ratio": 1.0, "weak_efficiency": 1.0, "predicted_s": None},
-        {
-            **measured,
-            "variant": "2 ranks",
-            "ratio": 1.5,
-            "weak_efficiency": 0.75,
-            "predicted_s": 0.11,
-            "error": 0.1,
-            "communication_s": 0.02,
-        },
-    ]
+    # Of 80 ms half an update of 20 is left out, and 20 are sent: 90 in each round.
+    apart = {"variant": "2 ranks, not joined", "samples": [0.08, 0.08], "update_samples": [0.02, 0.02]}
+    joined = {"variant": "2 ranks", "samples": [0.1, 0.075], "stage": 1, "communication_s": 0.02}
+    rows = [measured | apart, measured | joined | {"predicted_s": 0.09}]
     predicted = scaling.predict(argparse.Namespace(gpu_model="base", stages=[1]))
     made = scaling.tables({"rows": rows, "predicted": predicted})
-    assert "| s | fp32 | 2 ranks | 100 | 100–200 | 20.0 | 1.50 | 75% | 110 | 20 | +10% |" in made["scaling"]
+    assert (
+        "| s | fp32 | 2 ranks | 100 | 100–200 | 20.0 | 1.50 | 75% | 90 | 20 | +5% | -10% to +20% |"
+        in made["scaling"]
+    )
     assert len(made["scaling_model"].splitlines()) == 2 + len(scaling.GPUS)
 
 
