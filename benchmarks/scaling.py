@@ -3,11 +3,11 @@
     python benchmarks/scaling.py [--stages 0 1 2 3] [--rounds 5] [--steps 2] [key=value ...]
 
 Weak scaling: each rank has the same images, and one thread. Between 1 rank and 2 joined ranks stand 2 ranks that are
-not joined: processes on one machine share its memory and clock, and each copies gradients and updates by ZeRO's
-optimiser as if it were one of several, but sends nothing, and updates all. The model (`communication.py`) is given
-their step, of whose update each of 2 ranks makes half, and what each collective takes alone between two ranks
-(`collectives.py`), all of the same run; it predicts the joined step, and its error is told. What it says of GPUs is a
-prediction from published bandwidths, not a measurement.
+not joined: processes on one machine share its memory and clock, and each sums and updates by the code of several
+ranks, but sends nothing, and updates all. The model (`communication.py`) is given their step, of whose update each of 2
+ranks makes half under ZeRO, and what each collective takes alone between two ranks (`collectives.py`), all of the same
+run; it predicts the joined step, and its error is told. What it says of GPUs is a prediction from published bandwidths,
+not a measurement.
 """
 
 import argparse
@@ -28,25 +28,16 @@ import torch
 
 from benchmarks import harness, report
 from benchmarks.collectives import measure_link
-from benchmarks.communication import ROUNDS, Link, Step, communication_seconds, efficiency, step_seconds
+from benchmarks.communication import ROUNDS, Link, Step, communication_seconds, step_seconds
 from benchmarks.gloo import SMALL, FixedBatch, Group, make_config
 from benchmarks.markdown import table
+from benchmarks.predicted_gpus import GPUS, predict
 from fastmim import engine
 from fastmim.deepspeed_fragment import stage_in_effect
-from fastmim.flops import PEAK_TFLOPS, measure_peak_flops
+from fastmim.flops import measure_peak_flops
 from fastmim.memory import ITEM, parameter_sizes
-from fastmim.objectives import build_objective
 from fastmim.ranks import Ranks
 from fastmim.window import peak_memory_bytes
-
-NVLINK = Link(dict.fromkeys(ROUNDS, 450e9), 5e-6)
-"""Between the 8 GPUs of a DGX H100: 900 GB/s in both directions together (NVIDIA's data sheet)."""
-NETWORK = Link(dict.fromkeys(ROUNDS, 50e9), 15e-6)
-"""Between such nodes: a 400 Gb/s adapter for each GPU (NVIDIA's data sheet). Latencies are assumptions."""
-
-GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
-MFU, IMAGES_PER_GPU = 0.4, 256
-"""Assumptions of the prediction."""
 
 PREDICTED = {"scaling_model"}
 """Tables that nothing was measured for."""
@@ -81,10 +72,17 @@ def build(words: list[str], stage: int, images: int, as_several: bool) -> dict:
 
 
 def count_gathers(stage: int) -> int:
-    """Messages in which this rank's step gathers parameters; 1 where it gathers none."""
+    """Messages in which this rank's step gathers parameters; 1 without ZeRO, which gathers none.
+
+    Raises:
+        RuntimeError: none was seen under ZeRO.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         _STEPS[stage].step()
-    return sum(event.name == "c10d::_allgather_base_" for event in profiler.events()) or 1
+    gathers = sum(event.name == "c10d::_allgather_base_" for event in profiler.events())
+    if stage and not gathers:
+        raise RuntimeError(f"ZeRO {stage}: 0 calls of c10d::_allgather_base_ in a step; expected some")
+    return gathers or 1
 
 
 def peak_flops(precision: str) -> float:
@@ -199,34 +197,6 @@ def round_errors(apart: dict, joined: dict) -> list[float]:
     return errors
 
 
-def predict(args: argparse.Namespace) -> list[dict]:
-    """What the model says of H100s; a row for each count of GPUs and ZeRO stage."""
-    config = make_config([f"model.size={args.gpu_model}"])
-    with torch.device("meta"):
-        flops = build_objective(config).step_flops()
-    parameters = sum(parameter_sizes(config))
-    compute = IMAGES_PER_GPU * flops / (MFU * PEAK_TFLOPS["H100"] * 1e12)
-    # AdamW moves 28 bytes a parameter: a gradient of 16 bits, master and moments in; those and a copy of 16 bits out.
-    # Copies of gradients, of 4 to 8 bytes a parameter, are left out: less than 1 % of a ViT-L's step.
-    step = Step(compute, 28 * parameters / 3.35e12, 2 * parameters)
-    rows = []
-    for stage in args.stages:
-        for gpus in GPUS:
-            link = NVLINK if gpus <= 8 else NETWORK
-            rows.append(
-                {
-                    "gpus": gpus,
-                    "stage": stage,
-                    "model": args.gpu_model,
-                    "compute_s": compute,
-                    "communication_s": communication_seconds(step, gpus, stage, link),
-                    "efficiency": efficiency(step, gpus, stage, link),
-                    "efficiency_overlapped": efficiency(step, gpus, stage, link, overlap=1.0),
-                }
-            )
-    return rows
-
-
 def tables(stored: dict) -> dict[str, str]:
     """The page's tables of stored rows: `scaling`, measured, and `scaling_model`, predicted."""
     header = ["size", "dtype", "ranks", "ms a step", "p20–p80", "images/s", "× one rank", "efficiency"]
@@ -304,7 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("one GPU: two ranks are not measured; what follows is the model alone", file=sys.stderr)
     else:
         rows = [row for stage in args.stages for row in measure_stage(stage, args)]
-    stored = report.store("scaling", rows, args, predicted=predict(args))
+    stored = report.store("scaling", rows, args, predicted=predict(args.gpu_model, args.stages))
     made = tables(stored)
     print(f"{made['scaling']}\n\nPredicted, not measured:\n\n{made['scaling_model']}")
     if args.plot:

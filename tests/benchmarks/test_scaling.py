@@ -11,6 +11,7 @@ from deepspeed import comm as distributed
 from benchmarks import collectives, scaling
 from benchmarks.communication import ROUNDS, Link, Step, communication_seconds, efficiency, step_seconds
 from benchmarks.gloo import Group
+from benchmarks.predicted_gpus import GPUS, predict
 from tests.benchmarks.test_report import KEYS
 
 STEP = Step(compute=1.0, update=0.4, gradient_bytes=10**9)
@@ -44,8 +45,8 @@ def test_seconds_of_a_step():
 
 
 def test_prediction_of_gpus():
-    rows = scaling.predict(argparse.Namespace(gpu_model="base", stages=[0, 3]))
-    assert [row["gpus"] for row in rows] == 2 * list(scaling.GPUS)
+    rows = predict("base", [0, 3])
+    assert [row["gpus"] for row in rows] == 2 * list(GPUS)
     for row in rows:
         assert row["efficiency"] <= row["efficiency_overlapped"]
     within, across = rows[0], rows[1]
@@ -113,13 +114,13 @@ def test_tables():
     apart = {"variant": "2 ranks, not joined", "samples": [0.08, 0.08], "update_samples": [0.02, 0.02]}
     joined = {"variant": "2 ranks", "samples": [0.1, 0.075], "stage": 1, "communication_s": 0.02}
     rows = [measured | apart, measured | joined | {"predicted_s": 0.09}]
-    predicted = scaling.predict(argparse.Namespace(gpu_model="base", stages=[1]))
+    predicted = predict("base", [1])
     made = scaling.tables({"rows": rows, "predicted": predicted})
     assert (
         "| s | fp32 | 2 ranks | 100 | 100–200 | 20.0 | 1.50 | 75% | 90 | 20 | +5% | -10% to +20% |"
         in made["scaling"]
     )
-    assert len(made["scaling_model"].splitlines()) == 2 + len(scaling.GPUS)
+    assert len(made["scaling_model"].splitlines()) == 2 + len(GPUS)
 
 
 def test_on_one_gpu_only_the_model_is_told(tmp_path, monkeypatch, capsys):
